@@ -1,0 +1,49 @@
+# Each target is one or two commands that can be typed by hand; README.md says how.
+PYTHON ?= python3
+VENV   ?= .venv
+
+python  := $(VENV)/bin/python
+pip     := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+sources := setup.py $(shell find csrc -type f)
+cpp     := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench lint wheel asan clean
+
+demo: $(VENV)/.built
+	$(python) -m resnet_fast demo
+
+test: $(VENV)/.built
+	$(python) -m pytest
+
+bench: $(VENV)/.built
+	$(pip) --no-build-isolation -e '.[peers]'
+	$(python) -m resnet_fast bench resnet50 --batch 1,16
+	$(python) -m resnet_fast bench resnet18 --batch 1,16
+
+lint: $(VENV)/.built
+	$(python) -m ruff check . && $(python) -m ruff format --check . && $(python) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(cpp)
+
+wheel: $(VENV)/.built
+	$(python) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+# The CPU library under AddressSanitizer, built beside the ordinary one, against the op contract.
+# Python leaks by design at exit, and its allocator would hide overruns from the sanitizer.
+asan: $(VENV)/.built
+	RESNET_FAST_SANITIZE=address $(python) setup.py -q build_ext --inplace
+	RESNET_FAST_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+	  $(python) -m pytest tests/test_op_contract.py -k 'not compile and not opcheck'
+
+clean:
+	rm -rf build dist *.egg-info resnet_fast/*.so $(VENV)/.built
+
+# pip sees only what changed: dependencies by pyproject.toml, objects by ninja.
+$(VENV)/.deps: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(pip) pip setuptools wheel ninja pybind11 torch torchvision
+	touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(sources)
+	$(pip) --no-build-isolation -e '.[test,dev]'
+	touch $@

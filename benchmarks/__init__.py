@@ -1,0 +1,1 @@
+"""Measurements: the GPU campaign, op microbenchmarks and the README's table."""

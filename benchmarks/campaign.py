@@ -1,0 +1,280 @@
+"""Everything a short GPU session should bring home, the most telling part first.
+
+    python -m benchmarks.campaign --minutes 9 --out DIR [--dry]
+
+Builds in place, runs the GPU tests, then benches network by network. Each step is a subprocess
+with a time limit of its own; DIR/campaign.json is rewritten after each, and each bench step saves
+after each batch size, so that an end at any moment keeps what was measured. Needs no network.
+``--dry`` walks the same steps on the CPU with tiny settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESERVE_SECONDS = 5.0
+MINIMUM_SECONDS = 8.0
+
+OURS = ("resnet_fast", "resnet_fast_tuned", "resnet_fast_graph")
+QUICK_PEERS = ("eager", "eager_nhwc", "eager_graph", "cudnn_fused")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One subprocess: what to run, for how long at most, and with which environment."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A bench step's order: one network and dtype, several batch sizes, some engines."""
+
+    model: str
+    dtype: str
+    batches: tuple[int, ...]
+    engines: tuple[str, ...]
+    limit: float
+    size: int = 224
+    device: str = "cuda"
+    reps: int = 8
+
+
+# Ordered by what is missed most if the time runs out: the headline with every quick peer and
+# torch.compile, the other batch sizes, the other networks and dtypes, then the slow compilers.
+ROWS = (
+    Rows("resnet50", "fp16", (128,), (*OURS, *QUICK_PEERS, "compile"), 90),
+    Rows("resnet50", "fp16", (256, 32, 8, 1), (*OURS, *QUICK_PEERS), 75),
+    Rows("resnet18", "fp16", (128, 1, 256, 32, 8), (*OURS, *QUICK_PEERS), 60),
+    Rows("resnet50", "bf16", (128, 1, 256, 32, 8), (*OURS, *QUICK_PEERS), 75),
+    Rows("resnet50", "fp16", (128,), (OURS[2], "compile_max"), 120),
+    Rows("resnet50", "fp32", (128, 1, 256, 32, 8), (*OURS, *QUICK_PEERS), 90),
+    Rows("resnet50", "fp16", (1, 8, 32, 256), (OURS[2], "compile"), 120),
+    Rows("resnet18", "bf16", (128, 1, 256, 32, 8), (*OURS, *QUICK_PEERS), 60),
+    Rows("resnet18", "fp32", (128, 1, 256, 32, 8), (*OURS, *QUICK_PEERS), 60),
+    Rows("resnet18", "fp16", (128, 1), (OURS[2], "compile", "compile_max"), 150),
+    Rows("resnet50", "bf16", (128,), (OURS[2], "compile", "compile_max"), 150),
+)
+DRY_ROWS = (
+    Rows("resnet18", "fp32", (1, 2), ("resnet_fast", "eager"), 60, 32, "cpu", 1),
+    Rows("resnet18", "bf16", (1,), ("resnet_fast", "eager_nhwc", "cudnn_fused"), 60, 32, "cpu", 1),
+)
+
+
+def steps(out: Path, dry: bool) -> list[Step]:
+    """The campaign's steps in order."""
+    python = sys.executable
+    order: list[Step] = []
+    if dry:
+        order.append(Step("build", (python, "-c", "import resnet_fast.kernels"), 60))
+        order.append(
+            Step("tests", (python, "-m", "pytest", "-q", "-x", "tests/test_errors.py"), 60)
+        )
+    else:
+        order.append(Step("build", (python, "-m", "benchmarks.campaign", "--build"), 180))
+        tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "tests")
+        order.append(Step("tests", tests, 120, {"RESNET_FAST_REQUIRE_GPU": "1"}))
+    for index, rows in enumerate(DRY_ROWS if dry else ROWS):
+        path = out / f"rows_{index:02d}.json"
+        name = f"{rows.model} {rows.dtype} b{','.join(map(str, rows.batches))} #{index}"
+        command = (python, "-m", "benchmarks.campaign", "--rows", json.dumps(vars(rows)))
+        order.append(Step(name, (*command, "--out", str(path)), rows.limit))
+    return order
+
+
+def build() -> int:
+    """Make the package importable in this checkout without a network."""
+    environment = dict(os.environ)
+    if "TORCH_CUDA_ARCH_LIST" not in environment:
+        import torch
+
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            suffix = "a" if major >= 9 else ""
+            environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}{suffix}"
+    inplace = (sys.executable, "setup.py", "build_ext", "--inplace")
+    status = subprocess.run(inplace, cwd=ROOT, env=environment).returncode
+    if status:
+        return status
+    # An editable install maps resnet_fast.kernels to kernels/. Without pip, a link does.
+    install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
+    editable = (*install, "--no-build-isolation", "-e", str(ROOT))
+    if subprocess.run(editable, env=environment).returncode == 0:
+        return 0
+    link = ROOT / "resnet_fast" / "kernels"
+    if not link.exists():
+        link.symlink_to(Path("..") / "kernels")
+    return 0
+
+
+def run_rows(order: dict[str, Any], path: Path) -> int:
+    """Bench one order in this process; save after each batch size."""
+    from resnet_fast.bench.report import environment, save_json
+    from resnet_fast.bench.runner import BenchError, bench_model, default_threads
+
+    rows: list[dict[str, Any]] = []
+    failed = False
+    for batch in order["batches"]:
+        try:
+            rows += bench_model(
+                order["model"],
+                batch=batch,
+                dtype=order["dtype"],
+                size=order["size"],
+                device=order["device"],
+                engines=tuple(order["engines"]),
+                reps=order["reps"],
+                turn_seconds=0.1 if order["device"] == "cuda" else 0.02,
+                isolate=False,
+            )
+        except BenchError as error:
+            failed = True
+            print(error, file=sys.stderr)
+            continue
+        facts = environment(default_threads())
+        save_json({"schema": 1, "environment": facts, "rows": rows}, path)
+    return int(failed)
+
+
+def run_step(step: Step, limit: float, log: Path) -> dict[str, Any]:
+    """Run one step within ``limit`` seconds and describe how it ended."""
+    start = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env=os.environ | step.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            # Compilers that the step started must not run beside the next measurement.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    tail = log.read_text(errors="replace").strip().splitlines()[-4:]
+    status = "timeout" if code is None else "ok" if code == 0 else "failed"
+    return {
+        "name": step.name,
+        "status": status,
+        "code": code,
+        "seconds": round(time.monotonic() - start, 1),
+        "tail": tail,
+    }
+
+
+def campaign(minutes: float, out: Path, dry: bool) -> int:
+    """Run every step that the time allows; return 0 when those that ran succeeded."""
+    end = time.monotonic() + minutes * 60
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("rows_*.json"):
+        old.unlink()
+    done: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    for index, step in enumerate(steps(out, dry)):
+        left = end - time.monotonic() - RESERVE_SECONDS
+        if left < MINIMUM_SECONDS:
+            done.append({"name": step.name, "status": "no time left", "seconds": 0.0, "tail": []})
+        else:
+            print(f"{step.name} (at most {min(step.limit, left):.0f} s) ...", flush=True)
+            done.append(run_step(step, min(step.limit, left), out / f"step_{index:02d}.log"))
+            print(f"  {done[-1]['status']} after {done[-1]['seconds']} s", flush=True)
+        result = collect(out, done, dry)
+        temporary = out / "campaign.json.tmp"
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(out / "campaign.json")
+        if step.name == "build" and done[-1]["status"] != "ok":
+            break
+    text = table(result)
+    (out / "table.txt").write_text(text + "\n")
+    print(text)
+    return int(any(step["status"] in ("failed", "timeout") for step in done))
+
+
+def collect(out: Path, done: Sequence[dict[str, Any]], dry: bool) -> dict[str, Any]:
+    """Gather the steps' records and the rows saved so far."""
+    rows: list[dict[str, Any]] = []
+    environment: dict[str, Any] = {}
+    for path in sorted(out.glob("rows_*.json")):
+        saved = json.loads(path.read_text())
+        environment = saved["environment"]
+        rows += saved["rows"]
+    tests = next((step["status"] for step in done if step["name"] == "tests"), "not run")
+    return {
+        "schema": 1,
+        "dry": dry,
+        "tests": tests,
+        "environment": environment,
+        "steps": list(done),
+        "rows": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """A short plain-text table of the campaign."""
+    lines = [f"GPU tests: {result['tests']}" + ("  (dry run on the CPU)" if result["dry"] else "")]
+    for step in result["steps"]:
+        if step["status"] != "ok":
+            reason = f": {step['tail'][-1]}" if step["tail"] else ""
+            lines.append(f"{step['name']}: {step['status']}{reason}")
+    lines.append(
+        f"{'network':<22} {'engine':<18} {'median ms':>9} {'img/s':>9} {'vs eager':>8} {'error':>8}"
+    )
+    for row in result["rows"]:
+        network = f"{row['model']} {row['dtype']} b{row['batch']}"
+        if "median_ms" not in row:
+            lines.append(f"{network:<22} {row['engine']:<18} {row['status']}: {row['reason']}")
+            continue
+        ratio = f"{row['vs_eager']:.2f}" if "vs_eager" in row else "-"
+        lines.append(
+            f"{network:<22} {row['engine']:<18} {row['median_ms']:>9.3f} "
+            f"{row['images_per_second']:>9.0f} {ratio:>8} {row['error']:>8.1e}"
+            + ("" if row["within_budget"] else " outside the budget")
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.campaign", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry", action="store_true", help="tiny settings on the CPU")
+    parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.build:
+        return build()
+    if options.out is None:
+        parser.error("--out DIR is required")
+    if options.rows:
+        return run_rows(json.loads(options.rows), options.out)
+    if options.minutes <= 0:
+        parser.error("--minutes must be positive")
+    return campaign(options.minutes, options.out.resolve(), options.dry)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

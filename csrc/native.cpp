@@ -1,0 +1,164 @@
+// resnet_fast._native: what was built, what this CPU can do, and the weight fingerprint. No torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "build_info.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = std::string("clang ") + __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = std::string("gcc ") + __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  for (const auto& [key, value] : kBuildInfo) {
+    if (*value == '\0') {
+      info[key] = py::none();
+    } else {
+      info[key] = value;
+    }
+  }
+  return info;
+}
+
+std::map<std::string, bool> cpu_features() {
+  std::map<std::string, bool> found;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+#define RF_FEATURE(name) found[name] = __builtin_cpu_supports(name) != 0
+  RF_FEATURE("sse4.2");
+  RF_FEATURE("avx");
+  RF_FEATURE("avx2");
+  RF_FEATURE("fma");
+  RF_FEATURE("avx512f");
+  RF_FEATURE("avx512bw");
+  RF_FEATURE("avx512vl");
+  RF_FEATURE("avx512dq");
+  RF_FEATURE("avx512vnni");
+  RF_FEATURE("avx512bf16");
+#undef RF_FEATURE
+  // AMX: leaf 7 says the CPU has it; that the system grants its state is the kernel's affair.
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  found["amx_bf16"] = (edx >> 22) & 1u;
+  found["amx_tile"] = (edx >> 24) & 1u;
+  found["amx_int8"] = (edx >> 25) & 1u;
+#endif
+  return found;
+}
+
+std::string current_isa() {
+  switch (resnet_fast::cpu::current_isa()) {
+    case resnet_fast::cpu::Isa::avx512: return "avx512";
+    case resnet_fast::cpu::Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+py::list kernel_variants() {
+  struct Row {
+    const char* op;
+    const char* name;
+    std::vector<const char*> isas;
+  };
+  const std::vector<const char*> pointwise = {"baseline", "avx2"};
+  const std::vector<const char*> tiled = {"baseline", "avx2", "avx512"};
+  const std::vector<Row> cpu = {
+      {"conv_bn_act", "panel_gemm", tiled},   {"conv_bn_act", "depthwise", tiled},
+      {"bn_act", "affine", pointwise},        {"add_act", "affine", pointwise},
+      {"bn_act_train", "two_pass", pointwise}};
+  py::list rows;
+  const auto add = [&](const std::string& op, const std::string& name, const char* device,
+                       const std::string& isa) {
+    py::dict row;
+    row["name"] = std::string(device) + "/" + op + "/" + name + "/" + isa;
+    row["op"] = op;
+    row["device"] = device;
+    row["isa"] = isa;
+    rows.append(row);
+  };
+  for (const Row& row : cpu) {
+    for (const char* isa : row.isas) add(row.op, row.name, "cpu", isa);
+  }
+  std::string arches;
+  for (const auto& [key, value] : kBuildInfo) {
+    if (std::string(key) == "cuda_arch_list") arches = value;
+  }
+  if (!arches.empty()) {
+    for (const char* op : {"add_act", "bn_act"}) add(op, "vectorised", "cuda", arches);
+  }
+  return rows;
+}
+
+// splitmix64's finaliser: every input bit reaches every output bit.
+uint64_t mix(uint64_t h) {
+  h ^= h >> 30;
+  h *= 0xBF58476D1CE4E5B9ull;
+  h ^= h >> 27;
+  h *= 0x94D049BB133111EBull;
+  return h ^ (h >> 31);
+}
+
+constexpr uint64_t kWholeBytes = 16 * 1024;
+constexpr uint64_t kSamples = 128;
+
+uint64_t word_at(const unsigned char* bytes, uint64_t offset, uint64_t length) {
+  uint64_t word = 0;
+  std::memcpy(&word, bytes + offset, length);
+  return word;
+}
+
+// A change detector for weights, not a checksum: whole up to 16 KiB, beyond that 128 evenly spaced
+// words with the first and the last. Order, length and content of the buffers count.
+uint64_t fingerprint(const std::vector<std::pair<uint64_t, uint64_t>>& buffers) {
+  uint64_t h = 0x9E3779B97F4A7C15ull + buffers.size();
+  for (const auto& [address, length] : buffers) {
+    if (length == 0) {
+      h = mix(h + 1);
+      continue;
+    }
+    if (address == 0) throw std::invalid_argument("fingerprint: null address with a length");
+    const auto* bytes = reinterpret_cast<const unsigned char*>(address);
+    h = mix(h ^ length);
+    if (length <= kWholeBytes) {
+      uint64_t at = 0;
+      for (; at + 8 <= length; at += 8) h = mix(h ^ word_at(bytes, at, 8)) + at;
+      if (at < length) h = mix(h ^ word_at(bytes, at, length - at)) + at;
+    } else {
+      const uint64_t last = length - 8;
+      for (uint64_t i = 0; i < kSamples; ++i) {
+        // Split so that the product cannot overflow for any length.
+        const uint64_t at = last / (kSamples - 1) * i + last % (kSamples - 1) * i / (kSamples - 1);
+        h = mix(h ^ word_at(bytes, at, 8)) + i;
+      }
+    }
+  }
+  return h;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Build info, CPU features, kernel variants and the weight fingerprint.";
+  m.def("build_info", &build_info, "How the native parts were built; None where absent.");
+  m.def("cpu_features", &cpu_features, "Instruction sets of this CPU.");
+  m.def("current_isa", &current_isa, "The instruction set that the CPU kernels use here.");
+  m.def("kernel_variants", &kernel_variants, "Compiled kernels: name, op, device, isa.");
+  m.def("fingerprint", &fingerprint, py::arg("buffers"),
+        "Change detector over (address, bytes) pairs of live CPU memory, as a 64-bit integer.");
+}

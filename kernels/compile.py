@@ -1,0 +1,266 @@
+"""Offline compilation of every kernel configuration, without a GPU.
+
+    python -m resnet_fast.kernels.compile [--out tests/data/triton_resources.json]
+
+compiles each variant for sm_80, sm_90 and sm_100 and reports registers, shared memory, spills
+and matrix instructions. The variants are recorded from the launchers themselves, run on meta
+tensors, so what is compiled here is what a launch would compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import add_act, bn_act, conv_bn_act
+
+ARCHITECTURES = (80, 90, 100)
+
+# PTX opcode of each generation's matrix instruction, newest first.
+_MATRIX = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned"}
+
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as one launch would compile it: a name, and how to make that launch."""
+
+    name: str
+    launch: Callable[..., torch.Tensor]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one variant takes on one architecture; spill is local memory in bytes a thread."""
+
+    registers: int
+    shared: int
+    spill: int
+    matrix: str
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> torch.Tensor:
+    fmt = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=fmt)
+
+
+def _conv(dtype: torch.dtype, c: int, k: int, taps: int, stride: int, size: int) -> tuple[Any, ...]:
+    x = _meta(32, c, size, size, dtype=dtype, last=True)
+    w = _meta(k, c, taps, taps, dtype=dtype, last=True)
+    out = (size + 2 * (taps // 2) - taps) // stride + 1
+    residual = _meta(32, k, out, out, dtype=dtype, last=True)
+    pad = [taps // 2] * 2
+    return x, w, _meta(k), _meta(k), residual, [stride] * 2, pad, [1, 1], 1, "relu"
+
+
+def variants() -> list[Variant]:
+    """Every kernel x config x dtype, with the whole epilogue, on ResNet-50's shapes.
+
+    fp32 convolutions come once with tf32 and once without.
+    """
+    found: list[Variant] = []
+    for dtype in _POINTERS:
+        tf32 = (False, True) if dtype == torch.float32 else (False,)
+        for allow in tf32:
+            label = "tf32" if allow else _NAMES[dtype]
+            for config in conv_bn_act.configs(dtype):
+                options = {"config": config, "allow_tf32": allow}
+                sites: dict[str, tuple[Any, ...]]
+                if config.packed:
+                    c = {16: 1, 32: 3, 64: 8}[config.block_c]
+                    sites = {"conv7x7": _conv(dtype, c, 64, 7, 2, 224)}
+                else:
+                    sites = {
+                        "gemm": _conv(dtype, 256, 128, 1, 1, 28),
+                        "conv3x3": _conv(dtype, 128, 128, 3, 1, 28),
+                    }
+                for site, args in sites.items():
+                    found.append(
+                        Variant(
+                            f"conv_bn_act/{site}/{config.name}/{label}",
+                            conv_bn_act.launch_conv_bn_act,
+                            args,
+                            options,
+                        )
+                    )
+        x, c = _meta(32, 256, 28, 28, dtype=dtype), _meta(256)
+        for rows, cols, warps in bn_act.CONFIGS:
+            for last in (False, True):
+                xl = x.contiguous(memory_format=torch.channels_last) if last else x
+                layout = "nhwc" if last else "nchw"
+                found.append(
+                    Variant(
+                        f"bn_act/{layout}/{rows}x{cols}w{warps}/{_NAMES[dtype]}",
+                        bn_act.launch_bn_act,
+                        (xl, c, c, xl, "gelu"),
+                        {"config": (rows, cols, warps)},
+                    )
+                )
+        for block, warps in add_act.CONFIGS:
+            name = f"{block}w{warps}/{_NAMES[dtype]}"
+            options = {"config": (block, warps)}
+            found.append(
+                Variant(f"add_act/{name}", add_act.launch_add_act, (x, x, "gelu"), options)
+            )
+            found.append(
+                Variant(
+                    f"add_act_backward/{name}",
+                    add_act.launch_add_act_backward,
+                    (x, x, x, "gelu"),
+                    options,
+                )
+            )
+    return found
+
+
+class _Recorder:
+    """Stands in for wrap_triton: keeps the kernel and its arguments instead of launching."""
+
+    def __init__(self) -> None:
+        self.kernel: Any = None
+        self.arguments: dict[str, Any] = {}
+
+    def __call__(self, kernel: Any) -> _Recorder:
+        self.kernel = kernel
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def record(*args: Any, **kwargs: Any) -> None:
+            self.arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}
+
+        return record
+
+
+def source(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
+    """The Triton source of a variant, specialised as a launch specialises it, and its options."""
+    recorder = _Recorder()
+    variant.launch(*variant.args, **variant.options, wrap_triton=recorder)
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(recorder.kernel.params):
+        value = recorder.arguments[parameter.name]
+        if parameter.is_constexpr or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+        else:
+            signature[parameter.name] = "i32" if value <= _INT32_MAX else "i64"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {k: recorder.arguments[k] for k in ("num_warps", "num_stages") if k in
+               recorder.arguments}  # fmt: skip
+    return ASTSource(recorder.kernel, signature, constants, attributes), options
+
+
+def _local_memory(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory (stack frame) a thread, as cuobjdump reads them."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"no resource usage in the output of {tool}")
+    registers, stack, local = (int(v) for v in match.groups())
+    return registers, stack + local
+
+
+def compile_variant(variant: Variant, arch: int) -> Resources:
+    """Compiles one variant for sm_<arch> and reads its resources from PTX and cubin."""
+    ast, options = source(variant)
+    kernel = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spill = _local_memory(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    matrix = next((name for name, opcode in _MATRIX.items() if opcode in ptx), "none")
+    return Resources(registers, kernel.metadata.shared, spill, matrix)
+
+
+def _compile_named(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
+    name, arch = job
+    variant = next(v for v in variants() if v.name == name)
+    try:
+        return f"{name}/sm_{arch}", asdict(compile_variant(variant, arch))
+    except Exception as error:
+        return f"{name}/sm_{arch}", {"error": f"{type(error).__name__}: {error}"}
+
+
+def compile_all(
+    names: Iterable[str] | None = None,
+    archs: Iterable[int] = ARCHITECTURES,
+    processes: int = 2,
+    report: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Resources of every variant on every architecture, by "op/kernel/config/dtype/sm_XX".
+
+    A variant that does not compile has the single entry "error".
+    """
+    names = [v.name for v in variants()] if names is None else list(names)
+    jobs = [(name, arch) for name in names for arch in archs]
+    table: dict[str, dict[str, Any]] = {}
+    # Spawned: forking a process that has run torch's threads can deadlock.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for name, row in pool.map(_compile_named, jobs):
+            table[name] = row
+            if report is not None:
+                report(name, row)
+    return dict(sorted(table.items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: compiles everything, writes the figures, fails on a spill or an error."""
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel variant offline.")
+    parser.add_argument("--out", type=Path, help="JSON file to write; other versions are kept")
+    parser.add_argument("--only", default="", help="compile only variants containing this text")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(argv)
+    names = [v.name for v in variants() if options.only in v.name]
+    table = compile_all(
+        names,
+        processes=options.processes,
+        report=lambda name, row: print(f"{name}: {row}", flush=True),
+    )
+    bad = sum("error" in row or row["spill"] > 0 for row in table.values())
+    if options.out is not None:
+        kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+        kept[triton.__version__] = table
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        lines = [
+            f'  "{version}": {{\n'
+            + ",\n".join(f'    "{n}": {json.dumps(r)}' for n, r in rows.items())
+            + "\n  }"
+            for version, rows in sorted(kept.items())
+        ]
+        options.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{len(table)} compiled, {bad} with spills or errors", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,641 @@
+"""act(conv(x, weight) * scale + shift + residual): implicit GEMM over pixels and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .activation import activate, activation_code
+from .launch import (
+    INTERPRET,
+    Wrap,
+    channel_vector,
+    check_input,
+    check_shape,
+    check_tensor,
+    device_of,
+    direct,
+    hint,
+    needs_int64,
+    output_format,
+)
+
+# Above this many taps the loops over t, r and s stay loops: unrolled, a 31x31 filter would
+# take minutes to compile. 49 keeps the 7x7 stem and every 3x3x3 unrolled.
+MAX_STATIC_TAPS = 49
+
+
+@triton.jit
+def _dot(a, b, acc, ALLOW_TF32: tl.constexpr, INTERPRET: tl.constexpr):
+    if INTERPRET:
+        # The interpreter multiplies bf16 operands as the integers that hold their bits.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if ALLOW_TF32:
+        acc = tl.dot(a, b, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+# The epilogue of a BLOCK_M x BLOCK_N tile, in fp32; the store is the only rounding.
+@triton.jit
+def _finish(
+    acc,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    rows,
+    rows_ok,
+    k,
+    k_ok,
+    stride_yk,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    if HAS_SCALE:
+        acc = acc * tl.load(scale_ptr + k, mask=k_ok, other=0.0)[None, :]
+    if HAS_SHIFT:
+        acc = acc + tl.load(shift_ptr + k, mask=k_ok, other=0.0)[None, :]
+    offsets = rows[:, None] + (k * stride_yk)[None, :]
+    mask = rows_ok[:, None] & k_ok[None, :]
+    if HAS_RESIDUAL:
+        acc = acc + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    acc = activate(acc, ACT)
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# One tap of the filter: acc += x[pixels shifted by the tap, all channels] @ w[tap].
+@triton.jit
+def _tap(
+    acc,
+    x_rows,
+    w_cols,
+    rows_ok,
+    k_ok,
+    iz,
+    iy,
+    ix,
+    t,
+    r,
+    s,
+    D,
+    H,
+    W,
+    CG,
+    stride_xc,
+    stride_xd,
+    stride_xh,
+    stride_xw,
+    stride_wc,
+    stride_wt,
+    stride_wr,
+    stride_ws,
+    DIL_D: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    ALLOW_TF32: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    z = iz + t * DIL_D
+    y = iy + r * DIL_H
+    x = ix + s * DIL_W
+    ok = rows_ok & (z >= 0) & (z < D) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    x_tap = x_rows + (t * DIL_D * stride_xd + r * DIL_H * stride_xh + s * DIL_W * stride_xw)
+    w_tap = w_cols + (t * stride_wt + r * stride_wr + s * stride_ws)
+    for c0 in range(0, CG, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        c_ok = c < CG
+        if WIDE:
+            c = c.to(tl.int64)
+        a = tl.load(
+            x_tap[:, None] + (c * stride_xc)[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0
+        )
+        b = tl.load(
+            w_tap[None, :] + (c * stride_wc)[:, None], mask=c_ok[:, None] & k_ok[None, :], other=0.0
+        )
+        acc = _dot(a, b, acc, ALLOW_TF32, INTERPRET)
+    return acc
+
+
+# One filter row with s and c packed into the reduction: index i stands for (s, c) = divmod(i, CG).
+@triton.jit
+def _packed_row(
+    acc,
+    x_rows,
+    w_cols,
+    rows_ok,
+    k_ok,
+    iz,
+    iy,
+    ix,
+    t,
+    r,
+    D,
+    H,
+    W,
+    CG,
+    stride_xc,
+    stride_xd,
+    stride_xh,
+    stride_xw,
+    stride_wc,
+    stride_wt,
+    stride_wr,
+    stride_ws,
+    S: tl.constexpr,
+    DIL_D: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    ALLOW_TF32: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i = tl.arange(0, BLOCK_C)
+    i_ok = i < S * CG
+    s = i // CG
+    c = i % CG
+    z = iz + t * DIL_D
+    y = iy + r * DIL_H
+    x = ix[:, None] + (s * DIL_W)[None, :]
+    ok = rows_ok & (z >= 0) & (z < D) & (y >= 0) & (y < H)
+    ok = ok[:, None] & i_ok[None, :] & (x >= 0) & (x < W)
+    if WIDE:
+        s = s.to(tl.int64)
+        c = c.to(tl.int64)
+    x_tap = x_rows + (t * DIL_D * stride_xd + r * DIL_H * stride_xh)
+    w_tap = w_cols + (t * stride_wt + r * stride_wr)
+    a = tl.load(
+        x_tap[:, None] + (s * DIL_W * stride_xw + c * stride_xc)[None, :], mask=ok, other=0.0
+    )
+    b = tl.load(
+        w_tap[None, :] + (s * stride_ws + c * stride_wc)[:, None],
+        mask=i_ok[:, None] & k_ok[None, :],
+        other=0.0,
+    )
+    return _dot(a, b, acc, ALLOW_TF32, INTERPRET)
+
+
+class Config(NamedTuple):
+    """Tile of output pixels x output channels x input channels, and how it is run."""
+
+    block_m: int
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    packed: bool = False
+
+    @property
+    def name(self) -> str:
+        tile = f"{self.block_m}x{self.block_n}x{self.block_c}"
+        return f"{tile}w{self.num_warps}s{self.num_stages}{'p' if self.packed else ''}"
+
+
+# BLOCK_M >= 64 in every config: wgmma and tcgen05 have no smaller tile. 64 channels of fp16 are
+# the 128 bytes of a shared-memory swizzle row. Shared memory is stages * (M + N) * C * 2 bytes.
+HALF_CONFIGS = (
+    Config(128, 128, 64, 8, 3),  # 96 KB: most reuse; two CTAs an SM on sm_90
+    Config(128, 64, 64, 4, 3),  # 72 KB: K <= 64 fills it, so no column of the tile idles
+    Config(64, 64, 64, 4, 4),  # 64 KB: small images and batch 1, where CTAs are short
+)
+# Without tf32 the product is made of FMAs and the operands live in registers: small tiles only.
+FLOAT_CONFIGS = (
+    Config(64, 64, 32, 4, 3),  # 48 KB
+    Config(128, 64, 32, 8, 3),  # 72 KB: many pixels
+)
+# s and c share the reduction where S * C / groups <= 64: the C = 3 stem reduces over 7 rows of 32
+# instead of 49 taps of 16; a depthwise filter over R rows of 16. The block is the power of two.
+PACKED_CONFIGS = (
+    Config(128, 64, 16, 4, 2, packed=True),
+    Config(128, 64, 32, 4, 2, packed=True),
+    Config(128, 64, 64, 4, 2, packed=True),
+)
+
+
+def configs(dtype: torch.dtype) -> tuple[Config, ...]:
+    """Every config of a dtype, packed ones included."""
+    return (FLOAT_CONFIGS if dtype == torch.float32 else HALF_CONFIGS) + PACKED_CONFIGS
+
+
+def choose_config(
+    dtype: torch.dtype, pixels: int, channels: int, outputs: int, row: int, taps: int
+) -> Config:
+    """Heuristic config: channels and outputs per group, row = S, taps = T * R * S.
+
+    The tile shrinks until there are about as many CTAs as an A100 or H100 has SMs (108, 132).
+    """
+    if taps > 1:
+        for config in PACKED_CONFIGS:
+            if row * channels <= config.block_c:
+                return config
+    if dtype == torch.float32:
+        return FLOAT_CONFIGS[1] if pixels >= 128 * 128 else FLOAT_CONFIGS[0]
+    large, tall, small = HALF_CONFIGS
+
+    def tiles(config: Config) -> int:
+        return triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n)
+
+    if outputs > 64 and tiles(large) >= 108:
+        return large
+    return tall if tiles(tall) >= 108 else small
+
+
+# y[m, k] = finish(sum over t, r, s, c of x[pixel(m) + tap(t, r, s), c] * w[k, c, t, r, s]).
+# A program owns BLOCK_M output pixels (n, o, p, q flattened) x BLOCK_N output channels of one
+# group; programs that share pixels are neighbours, so x comes from L2 and w stays there.
+#
+#            k tile
+#          +-------+      pid -> group, then pixel tile, then channel tile (innermost)
+#   pixels | acc   |      loops: t, r, s (static) > c in steps of BLOCK_C
+#          +-------+
+#
+# The taps are unrolled and only c is a device loop: one flattened r*s*c loop was miscompiled on
+# Hopper with 8 warps (https://github.com/pytorch/pytorch/issues/173068).
+@triton.jit
+def conv_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    D,
+    H,
+    W,
+    O,  # noqa: E741
+    P,
+    Q,
+    CG,
+    KG,
+    stride_xn,
+    stride_xc,
+    stride_xd,
+    stride_xh,
+    stride_xw,
+    stride_wk,
+    stride_wc,
+    stride_wt,
+    stride_wr,
+    stride_ws,
+    stride_yn,
+    stride_yk,
+    stride_yo,
+    stride_yp,
+    stride_yq,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    ALLOW_TF32: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    WIDE: tl.constexpr,
+    PACKED: tl.constexpr,
+    STATIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tiles_k = tl.cdiv(KG, BLOCK_N)
+    pid_k = pid % tiles_k
+    pid = pid // tiles_k
+    tiles_m = tl.cdiv(M, BLOCK_M).to(tl.int32)
+    pid_m = pid % tiles_m
+    group = pid // tiles_m
+    if WIDE:
+        pid_m = pid_m.to(tl.int64)
+        group = group.to(tl.int64)
+
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_ok = m < M
+    q = m % Q
+    p = (m // Q) % P
+    o = (m // (Q * P)) % O
+    n = m // (Q * P * O)
+    iz = o * STRIDE_D - PAD_D
+    iy = p * STRIDE_H - PAD_H
+    ix = q * STRIDE_W - PAD_W
+    k_in_group = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_ok = k_in_group < KG
+    k = group * KG + k_in_group
+
+    # Padded pixels make these offsets negative; the mask of each tap keeps them from being read.
+    x_rows = x_ptr + (
+        n * stride_xn
+        + iz * stride_xd
+        + iy * stride_xh
+        + ix * stride_xw
+        + group * CG * stride_xc
+    )
+    w_cols = w_ptr + k * stride_wk
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if PACKED:
+        if STATIC:
+            for t in tl.static_range(T):
+                for r in tl.static_range(R):
+                    acc = _packed_row(
+                        acc, x_rows, w_cols, rows_ok, k_ok, iz, iy, ix, t, r, D, H, W, CG,
+                        stride_xc, stride_xd, stride_xh, stride_xw,
+                        stride_wc, stride_wt, stride_wr, stride_ws,
+                        S, DIL_D, DIL_H, DIL_W, ALLOW_TF32, INTERPRET, WIDE, BLOCK_C,
+                    )  # fmt: skip
+        else:
+            for t in range(T):
+                for r in range(R):
+                    acc = _packed_row(
+                        acc, x_rows, w_cols, rows_ok, k_ok, iz, iy, ix, t, r, D, H, W, CG,
+                        stride_xc, stride_xd, stride_xh, stride_xw,
+                        stride_wc, stride_wt, stride_wr, stride_ws,
+                        S, DIL_D, DIL_H, DIL_W, ALLOW_TF32, INTERPRET, WIDE, BLOCK_C,
+                    )  # fmt: skip
+    elif STATIC:
+        for t in tl.static_range(T):
+            for r in tl.static_range(R):
+                for s in tl.static_range(S):
+                    acc = _tap(
+                        acc, x_rows, w_cols, rows_ok, k_ok, iz, iy, ix, t, r, s, D, H, W, CG,
+                        stride_xc, stride_xd, stride_xh, stride_xw,
+                        stride_wc, stride_wt, stride_wr, stride_ws,
+                        DIL_D, DIL_H, DIL_W, ALLOW_TF32, INTERPRET, WIDE, BLOCK_C,
+                    )  # fmt: skip
+    else:
+        for t in range(T):
+            for r in range(R):
+                for s in range(S):
+                    acc = _tap(
+                        acc, x_rows, w_cols, rows_ok, k_ok, iz, iy, ix, t, r, s, D, H, W, CG,
+                        stride_xc, stride_xd, stride_xh, stride_xw,
+                        stride_wc, stride_wt, stride_wr, stride_ws,
+                        DIL_D, DIL_H, DIL_W, ALLOW_TF32, INTERPRET, WIDE, BLOCK_C,
+                    )  # fmt: skip
+
+    y_rows = n * stride_yn + o * stride_yo + p * stride_yp + q * stride_yq
+    _finish(
+        acc, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_rows, rows_ok, k, k_ok, stride_yk,
+        HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, ACT,
+    )  # fmt: skip
+
+
+# The 1x1, stride-1, unpadded convolution as a plain GEMM: y[m, k] = finish(x[m, :] @ w[k, :]).
+# Pixel m lies at n * stride_xn + p * stride_xp with (n, p) = divmod(m, PIXELS): the batch and
+# the pixels of an image each have one stride in channels-last and in NCHW alike.
+@triton.jit
+def gemm_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    PIXELS,
+    CG,
+    KG,
+    stride_xn,
+    stride_xc,
+    stride_xp,
+    stride_wk,
+    stride_wc,
+    stride_yn,
+    stride_yk,
+    stride_yp,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    ALLOW_TF32: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tiles_k = tl.cdiv(KG, BLOCK_N)
+    pid_k = pid % tiles_k
+    pid = pid // tiles_k
+    tiles_m = tl.cdiv(M, BLOCK_M).to(tl.int32)
+    pid_m = pid % tiles_m
+    group = pid // tiles_m
+    if WIDE:
+        pid_m = pid_m.to(tl.int64)
+        group = group.to(tl.int64)
+
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_ok = m < M
+    n = m // PIXELS
+    p = m % PIXELS
+    k_in_group = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_ok = k_in_group < KG
+    k = group * KG + k_in_group
+    x_rows = x_ptr + (n * stride_xn + p * stride_xp + group * CG * stride_xc)
+    w_cols = w_ptr + k * stride_wk
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for c0 in range(0, CG, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        c_ok = c < CG
+        if WIDE:
+            c = c.to(tl.int64)
+        a = tl.load(
+            x_rows[:, None] + (c * stride_xc)[None, :],
+            mask=rows_ok[:, None] & c_ok[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            w_cols[None, :] + (c * stride_wc)[:, None],
+            mask=c_ok[:, None] & k_ok[None, :],
+            other=0.0,
+        )
+        acc = _dot(a, b, acc, ALLOW_TF32, INTERPRET)
+
+    y_rows = n * stride_yn + p * stride_yp
+    _finish(
+        acc, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_rows, rows_ok, k, k_ok, stride_yk,
+        HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, ACT,
+    )  # fmt: skip
+
+
+def _allow_tf32() -> bool:
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:
+        # torch refuses the old flag once the per-operator one was set.
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _volume(t: torch.Tensor) -> torch.Tensor:
+    """Views [N, C, *spatial] as [N, C, D, H, W] without a copy."""
+    while t.ndim < 5:
+        t = t.unsqueeze(2)
+    return t
+
+
+def _pixel_stride(t: torch.Tensor) -> int:
+    """Stride between neighbouring pixels; a dimension of size 1 may carry any stride."""
+    for size, step in zip(reversed(t.shape[2:]), reversed(t.stride()[2:]), strict=True):
+        if size > 1:
+            return step
+    return 1
+
+
+def _triple(name: str, value: Sequence[int], dims: int, neutral: int, least: int) -> list[int]:
+    if len(value) != dims or any(v < least for v in value):
+        raise ValueError(f"{name}: expected {dims} integers >= {least}, got {list(value)}")
+    return [neutral] * (3 - dims) + list(value)
+
+
+def launch_conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+    *,
+    config: Config | None = None,
+    wide: bool | None = None,
+    allow_tf32: bool | None = None,
+    wrap_triton: Wrap = direct,
+) -> torch.Tensor:
+    """act(conv(x, weight) * scale + shift + residual) in x's dtype, accumulated in fp32.
+
+    x is [N, C, *spatial] with one to three spatial dimensions and any strides; weight is
+    [K, C / groups, *filter] with any strides. `config` overrides the heuristic, `wide` the
+    choice of 64-bit offsets, `allow_tf32` torch.backends.cudnn.allow_tf32. Raises ValueError or TypeError rather than read out of bounds.
+    """
+    check_input(x)
+    check_tensor("weight", weight, x)
+    dims = x.ndim - 2
+    if dims not in (1, 2, 3) or weight.ndim != x.ndim:
+        raise ValueError(
+            "weight: expected x and weight of the same rank, 3 to 5, "
+            f"got ranks {x.ndim} and {weight.ndim}"
+        )
+    strides = _triple("stride", stride, dims, 1, 1)
+    pads = _triple("padding", padding, dims, 0, 0)
+    dils = _triple("dilation", dilation, dims, 1, 1)
+    k_total, cg = weight.shape[:2]
+    if groups < 1 or x.shape[1] != cg * groups or k_total % groups:
+        raise ValueError(
+            f"groups: expected a divisor of the channels with weight of {x.shape[1]} / groups "
+            f"inputs, got groups {groups} and weight {tuple(weight.shape)}"
+        )
+    code = activation_code(act)
+
+    fmt = output_format(x)
+    if fmt == torch.contiguous_format and not x.is_contiguous() and x.ndim > 3:
+        # Neither layout: channels-last is what the tiles read best.
+        x = x.contiguous(
+            memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        )
+    x5, w5 = _volume(x), _volume(weight)
+    size_in = x5.shape[2:]
+    taps = w5.shape[2:]
+    size_out = [
+        (i + 2 * p - d * (f - 1) - 1) // s + 1
+        for i, f, s, p, d in zip(size_in, taps, strides, pads, dils, strict=True)
+    ]
+    if any(v < 1 for v in size_out) or any(f < 1 for f in taps):
+        raise ValueError(
+            f"weight: expected a filter no larger than the padded input, got {tuple(weight.shape)} "
+            f"on {tuple(x.shape)}"
+        )
+    y = torch.empty(
+        (x.shape[0], k_total, *size_out[3 - dims :]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=fmt,
+    )
+    if residual is not None:
+        check_tensor("residual", residual, x)
+        check_shape("residual", residual, y.shape)
+        residual = residual.contiguous(memory_format=fmt)
+    scale_arg = channel_vector("scale", scale, k_total, x)
+    shift_arg = channel_vector("shift", shift, k_total, x)
+    if y.numel() == 0:
+        return y
+
+    y5 = _volume(y)
+    kg = k_total // groups
+    pixels = size_out[0] * size_out[1] * size_out[2]
+    m = x.shape[0] * pixels
+    n_taps = taps[0] * taps[1] * taps[2]
+    if config is None:
+        config = choose_config(x.dtype, hint(m), cg, kg, taps[2], n_taps)
+    if config.packed and taps[2] * cg > config.block_c:
+        raise ValueError(f"config: {config.name} packs {config.block_c}, got {taps[2] * cg}")
+    flags = {
+        "HAS_SCALE": scale is not None,
+        "HAS_SHIFT": shift is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "ACT": code,
+        "ALLOW_TF32": x.dtype == torch.float32
+        and (_allow_tf32() if allow_tf32 is None else allow_tf32),
+        "INTERPRET": INTERPRET,
+        "WIDE": needs_int64(x, weight, y) if wide is None else wide,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_C": config.block_c,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    tensors = (
+        x,
+        weight,
+        scale_arg,
+        shift_arg,
+        x if residual is None else residual,
+        y,
+    )
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * groups,)
+    sx, sw, sy = x5.stride(), w5.stride(), y5.stride()
+    pointwise = n_taps == 1 and strides == [1, 1, 1] and pads == [0, 0, 0]
+    with device_of(x):
+        if pointwise and not config.packed:
+            # Both layouts leave the pixels of an image evenly spaced along the last dimension.
+            wrap_triton(gemm_kernel)[grid](
+                *tensors, m, pixels, cg, kg,
+                sx[0], sx[1], _pixel_stride(x5), sw[0], sw[1], sy[0], sy[1], _pixel_stride(y5),
+                **flags,
+            )  # fmt: skip
+        else:
+            wrap_triton(conv_kernel)[grid](
+                *tensors, m, *size_in, *size_out, cg, kg, *sx, *sw, *sy,
+                T=taps[0], R=taps[1], S=taps[2],
+                STRIDE_D=strides[0], STRIDE_H=strides[1], STRIDE_W=strides[2],
+                PAD_D=pads[0], PAD_H=pads[1], PAD_W=pads[2],
+                DIL_D=dils[0], DIL_H=dils[1], DIL_W=dils[2],
+                PACKED=config.packed, STATIC=n_taps <= MAX_STATIC_TAPS,
+                **flags,
+            )  # fmt: skip
+    return y

@@ -1,0 +1,427 @@
+"""The ``resnet-fast`` command: info, verify, bench, demo, explain.
+
+Exit codes: 0 done, 1 the answer is no (a mismatch, a failure), 2 the question was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = "Add --debug to any command for a traceback."
+
+app = typer.Typer(
+    name="resnet-fast",
+    help="Fused residual networks: the same numbers, faster, and an account of what ran.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Network, e.g. resnet50.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Size = Annotated[int | None, typer.Option(help="Side of the square image; default: the network's.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _examples(*lines: str) -> str:
+    # \b keeps the lines as they are.
+    return "\b\nExamples:\n" + "\n".join(f"  $ resnet-fast {line}" for line in lines)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe has no width: rich would fold tables at 80 columns and break a reader's grep.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, default=str))
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    from resnet_fast.errors import ArgumentError
+
+    if device not in ("cpu", "cuda"):
+        raise ArgumentError("device", "cpu or cuda", repr(device))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device", "cpu, since torch finds no CUDA device", "'cuda'")
+
+
+def _batches(text: str) -> list[int]:
+    from resnet_fast.errors import ArgumentError
+
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        raise ArgumentError("batch", "positive numbers such as 1,8", repr(text))
+    return batches
+
+
+def collect_info() -> dict[str, Any]:
+    """Gather versions, libraries with reasons, CPU features, GPU, kernel variants and cache."""
+    import torch
+
+    import resnet_fast
+    from resnet_fast import _library
+    from resnet_fast.bench.report import environment
+    from resnet_fast.bench.runner import default_threads
+    from resnet_fast.plan.cache import path as cache_path
+
+    facts = environment(default_threads())
+    libraries = {
+        name: {"loaded": status.loaded, "path": status.path, "reason": status.reason}
+        for name, status in _library.status().items()
+    }
+    native = _library.native()
+    gpu = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+        }
+    return {
+        "versions": {
+            "resnet_fast": resnet_fast.__version__,
+            "python": platform.python_version(),
+            **{key: facts[key] for key in ("torch", "torchvision", "triton")},
+            "onnxruntime": facts["onnxruntime"],
+            "openvino": facts["openvino"],
+            "torch_cuda": torch.version.cuda,
+        },
+        "commit": facts["commit"],
+        "libraries": libraries,
+        "cpu": {
+            "model": facts["cpu"],
+            "cpus": facts["cpus"],
+            "torch_capability": torch.backends.cpu.get_cpu_capability(),
+            "features": native.cpu_features() if native else None,
+        },
+        "gpu": gpu,
+        "build": native.build_info() if native else None,
+        "kernels": native.kernel_variants() if native else None,
+        "cache": str(cache_path()),
+    }
+
+
+@app.command(epilog=_examples("info", "info --json | jq .libraries"))
+def info(json_: Json = False) -> None:
+    """Show versions, libraries (and why one is missing), CPU, GPU, kernels and cache."""
+    facts = collect_info()
+    if json_:
+        _print_json(facts)
+        return
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {text(item)}" for key, item in value.items())
+        if isinstance(value, list | tuple):
+            return ", ".join(text(item) for item in value)
+        return str(value)
+
+    for name, version in facts["versions"].items():
+        table.add_row(name, version or "none")
+    table.add_row("commit", facts["commit"] or "not a checkout")
+    for name, status in facts["libraries"].items():
+        state = f"loaded: {status['path']}" if status["loaded"] else f"absent: {status['reason']}"
+        table.add_row(f"library {name}", state)
+    table.add_row("CPU", f"{facts['cpu']['model']}, {facts['cpu']['cpus']} usable")
+    table.add_row("torch CPU capability", facts["cpu"]["torch_capability"])
+    features = facts["cpu"]["features"]
+    if isinstance(features, dict):
+        features = [name for name, present in features.items() if present]
+    table.add_row("CPU features", text(features) if features else "unknown")
+    table.add_row("GPU", text(facts["gpu"]) if facts["gpu"] else "none")
+    table.add_row("build", text(facts["build"]) if facts["build"] else "not built")
+    for kernel in facts["kernels"] or ():
+        table.add_row("kernel", text(kernel))
+    table.add_row("plan cache", facts["cache"])
+    _console().print(table)
+
+
+@app.command(
+    epilog=_examples(
+        "verify resnet50", "verify resnet18 --dtype bf16 --batch 8", "verify resnet50 --json"
+    )
+)
+def verify(
+    model: Model,
+    dtype: Dtype = "fp32",
+    batch: Annotated[int, typer.Option(help="Images in the batch.")] = 2,
+    size: Size = None,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Compare a network and each of its sites with fp64; exit 1 on a mismatch.
+
+    Weights are random with randomised BatchNorm statistics. The reference is torchvision's
+    network, or this package's plain one where torchvision is not installed.
+    """
+    from resnet_fast.verify import verify_model
+
+    _check_device(device)
+    result = verify_model(model, dtype, batch, size, device=device)
+    if json_:
+        _print_json(result.to_dict())
+    else:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for heading in ("site", "candidate", "error", "limit", "verdict"):
+            table.add_column(heading, justify="right" if heading in ("error", "limit") else "left")
+        for check in (*result.sites, result.network):
+            verdict = "ok" if check.ok else "MISMATCH"
+            table.add_row(
+                check.name, check.detail, f"{check.error:.2e}", f"{check.limit:.2e}", verdict
+            )
+        console = _console()
+        console.print(table)
+        wrong = sum(not check.ok for check in (*result.sites, result.network))
+        console.print(
+            f"{model} {dtype} batch {batch} at {result.size}x{result.size} on {device}: "
+            f"{len(result.sites)} sites and the output against fp64 of {result.reference}: "
+            + ("all within budget" if result.ok else f"{wrong} outside the budget"),
+            highlight=False,
+        )
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "bench resnet50 --batch 1,16",
+        "bench resnet18 --peers eager,compile --threads 2 --json out.json",
+        "bench resnet50 --dtype bf16 --csv out.csv",
+    )
+)
+def bench(
+    model: Model,
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8",
+    dtype: Dtype = "fp32",
+    size: Size = None,
+    threads: Annotated[int | None, typer.Option(help="Default: all usable CPUs.")] = None,
+    device: Device = "cpu",
+    peers: Annotated[
+        str, typer.Option(help="Comma separated; on CUDA also eager_graph,compile_max,cudnn_fused.")
+    ] = "eager,eager_nhwc,compile,onnxruntime,openvino",
+    tuned: Annotated[bool, typer.Option("--tuned", help="Add a row with a tuned plan.")] = False,
+    reps: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 10,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write rows and machine.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write rows, one line each.")] = None,
+) -> None:
+    """Time a network against its peers, interleaved, each in a process of its own.
+
+    Reports nothing and exits 1 when this package's output misses its error budget. A ratio
+    above 1 means that the row is faster than what it is compared with.
+    """
+    from resnet_fast.bench import bench as run_bench
+    from resnet_fast.bench.report import save_csv, save_json, table
+    from resnet_fast.errors import ArgumentError
+
+    _check_device(device)
+    if threads is not None and threads < 1:
+        raise ArgumentError("threads", "at least 1", str(threads))
+    for path in (json_, csv):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ArgumentError("file", "a path in an existing folder", str(path))
+    ours = ("resnet_fast", "resnet_fast_tuned") if tuned else ("resnet_fast",)
+    names = [name.strip() for name in peers.split(",") if name.strip()]
+    console = _console()
+    with _status("starting") as progress:
+        result = run_bench(
+            model,
+            batches=_batches(batch),
+            dtype=dtype,
+            size=size,
+            threads=threads,
+            device=device,
+            engines=tuple(dict.fromkeys((*ours, *names))),
+            reps=reps,
+            progress=progress,
+        )
+    result["command"] = "resnet-fast " + " ".join(sys.argv[1:])
+    if json_ is not None:
+        save_json(result, json_)
+    if csv is not None:
+        save_csv(result, csv)
+    console.print(table(result["rows"]))
+    facts = result["environment"]
+    console.print(
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"commit {facts['commit'] or 'none'}, {facts['date']}",
+        highlight=False,
+    )
+    if any(row.get("within_budget") is False for row in result["rows"]):
+        console.print("! this peer's output is outside the error budget", highlight=False)
+
+
+class _status:
+    """A line on stderr that says what is going on; silent when stderr is not a terminal."""
+
+    def __init__(self, text: str) -> None:
+        from rich.console import Console
+
+        self.status = Console(stderr=True).status(text)
+
+    def __enter__(self) -> Any:
+        self.status.start()
+        return self.status.update
+
+    def __exit__(self, *_: object) -> None:
+        self.status.stop()
+
+
+@app.command(epilog=_examples("demo", "demo --quick"))
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Small inputs, under a minute.")] = False,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+) -> None:
+    """Real digits, ResNet-18 and -50 against eager, and what was fused: in under five minutes."""
+    from resnet_fast.demo import run_demo
+
+    if device is not None:
+        _check_device(device)
+    if not run_demo(quick=quick, device=device, console=_console()):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=_examples("explain resnet18", "explain resnet50 --batch 8 --json"))
+def explain(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Images in the batch.", min=1)] = 1,
+    dtype: Dtype = "fp32",
+    size: Size = None,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Show one row a site: what was fused, by which candidate, or why not."""
+    _check_device(device)
+    rows = explain_rows(model, batch, dtype, size, device)
+    if json_:
+        _print_json(rows)
+    else:
+        _console().print(rows_table(rows))
+
+
+def explain_rows(
+    model: str, batch: int, dtype: str, size: int | None, device: str
+) -> list[dict[str, Any]]:
+    """Run a network once in eval mode and return its sites' rows."""
+    import torch
+
+    from resnet_fast import verify as verification
+
+    torch_dtype = verification.dtype_from_name(dtype)
+    network = verification.build_model(model).to(device=device, dtype=torch_dtype)
+    side = verification.default_size(model) if size is None else size
+    x = torch.randn(batch, 3, side, side, device=device).to(torch_dtype)
+    with torch.inference_mode():
+        network(x)
+    # A block without a projection never calls the site of one: no convolution stands behind it.
+    return [
+        {**row, "name": place}
+        for place, site in verification.sites_by_place(network)
+        for row in site.rows()
+        if row["reason"] != "NOT_RUN"
+    ]
+
+
+def rows_table(rows: Sequence[dict[str, Any]]) -> Any:
+    """Site rows as a rich table."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    headings = ("site", "op", "input", "weight", "act", "candidate", "reason")
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading in ("site", "candidate"))
+    for heading in ("error", "limit", "us", "MB"):
+        table.add_column(heading, justify="right")
+
+    def shape(value: Any) -> str:
+        return "x".join(map(str, value)) if value else "-"
+
+    def number(value: Any, form: str) -> str:
+        return format(value, form) if isinstance(value, int | float) else "-"
+
+    for row in rows:
+        act = f"{row['act']}" + (" + residual" if row.get("residual") else "")
+        size = row.get("bytes")
+        table.add_row(
+            str(row["name"]),
+            str(row["op"]),
+            shape(row.get("x_shape")),
+            shape(row.get("weight_shape")),
+            act,
+            str(row["candidate"]),
+            str(row.get("reason") or "-"),
+            number(row.get("error"), ".1e"),
+            number(row.get("limit"), ".1e"),
+            number(row.get("microseconds"), ".0f"),
+            number(size / 1e6 if size else None, ".2f"),
+        )
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors are one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = typer.main.get_command(app).main(
+            args=arguments, prog_name="resnet-fast", standalone_mode=False
+        )
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        print("resnet-fast: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    from resnet_fast.errors import ArgumentError
+
+    usage = hasattr(error, "format_message")
+    message = error.format_message() if usage else str(error)  # type: ignore[attr-defined]
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message, file=sys.stderr)
+        return 2
+    if type(error).__name__ == "Abort":
+        return 130
+    line = " ".join(message.split()) or type(error).__name__
+    if not usage and not isinstance(error, _expected()):
+        line = f"{type(error).__name__}: {line}"
+    print(f"resnet-fast: error: {line}", file=sys.stderr)
+    return 2 if usage or isinstance(error, ArgumentError) else 1
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    from resnet_fast.errors import ResNetFastError
+
+    return (ResNetFastError,)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

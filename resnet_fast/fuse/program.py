@@ -1,0 +1,475 @@
+"""The rewritten graph as data, and the loop that runs it.
+
+A :class:`Program` is a list of steps. It pickles and deep-copies with the model, and Dynamo traces
+through it, since nothing is generated. Modules are looked up in the model by name at each call, so
+that a replaced classifier is the one that runs; where the structure is no longer the traced one,
+the program refuses, and the model's own forward runs over the unfused modules.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from resnet_fast.fuse.capture import (
+    SITE_CHILD,
+    Graph,
+    Signature,
+    has_global_hooks,
+    is_hooked,
+)
+from resnet_fast.fuse.match import Match, module_activation, norm_refusal
+from resnet_fast.ops import activation
+
+# Calls whose result does not depend on how their input lies in memory: everything else is handed
+# the layout that the model would have had without sites.
+_LAYOUT_FREE_FUNCTIONS = {
+    operator.add,
+    operator.iadd,
+    operator.mul,
+    operator.imul,
+    operator.sub,
+    operator.truediv,
+    getattr,
+    torch.add,
+    torch.cat,
+    torch.flatten,
+    torch.mul,
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+    F.adaptive_avg_pool2d,
+    F.adaptive_max_pool2d,
+    F.avg_pool2d,
+    F.dropout,
+    F.hardswish,
+    F.interpolate,
+    F.max_pool2d,
+    F.relu,
+    F.relu6,
+    F.silu,
+}
+_LAYOUT_FREE_METHODS = {"add", "add_", "dim", "flatten", "mul", "mul_", "relu", "relu_", "size"}
+_PLANNED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_FUNCTION_HOMES = {
+    "torch.nn.functional": F,
+    "torch": torch,
+    "operator": operator,
+    "builtins": builtins,
+    "math": math,
+}
+
+
+class Ref:
+    """An argument that is the value in a slot."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+
+    def __repr__(self) -> str:
+        return f"%{self.slot}"
+
+
+class Leaf(NamedTuple):
+    """A module by its container's index and its name there."""
+
+    container: int
+    name: str
+
+
+class SiteTarget(NamedTuple):
+    """The modules of a site and what they compute together."""
+
+    conv: Leaf
+    bn: Leaf | None
+    act_module: Leaf | None
+    act: str
+    child: str
+    path: str
+
+
+class Step(NamedTuple):
+    """``slots[out] = kind(target)(*args, **kwargs)``, then the slots in ``free`` are dropped."""
+
+    kind: str
+    out: int
+    target: Any
+    args: Any
+    kwargs: Any
+    free: tuple[int, ...]
+
+
+class Link(NamedTuple):
+    """A container of the traced structure: its parent's index, its name, its children's count."""
+
+    parent: int
+    name: str
+    size: int
+
+
+class Named(NamedTuple):
+    """A function on its way through pickle."""
+
+    home: str
+    name: str
+
+
+class Program:
+    """One graph of one module, with its sites fused.
+
+    Args:
+        root: the module that the graph was traced from.
+        captured: the graph.
+        matches: the sites.
+        path: the module's path in the model, for names.
+        training: the mode that the program is for; None where it serves both.
+        child: the name under which the convolutions carry their sites.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        captured: Graph,
+        matches: list[Match],
+        path: str,
+        training: bool | None,
+        child: str = SITE_CHILD,
+    ) -> None:
+        self.path = path
+        self.training = training
+        self.signature: Signature = captured.signature
+        #: Called in place of each site while a model is verified.
+        self.observe: Callable[..., Tensor] | None = None
+        self.links: list[Link] = []
+        #: What the links led to when the graph was traced.
+        self.containers: list[nn.Module] = []
+        self._index = {"": 0}
+        self.root_size = len(root._modules)
+        for name in captured.through:
+            self._container(root, name)
+        self.steps: list[Step] = []
+        self.size = 0
+        self.result = 0
+        self._lower(root, captured.graph, matches, child)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Some of torch's functions are closures, and pickle only by the name they are known by.
+        steps = [step._replace(target=_to_name(step.target)) for step in self.steps]
+        return self.__dict__ | {"steps": steps, "observe": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.steps = [step._replace(target=_from_name(step.target)) for step in self.steps]
+
+    # From graph to steps.
+
+    def _container(self, root: nn.Module, path: str) -> int:
+        if path in self._index:
+            return self._index[path]
+        parent, _, name = path.rpartition(".")
+        above = self._container(root, parent)
+        module = root.get_submodule(path)
+        self.links.append(Link(above, name, len(module._modules)))
+        self.containers.append(module)
+        self._index[path] = len(self.containers)
+        return self._index[path]
+
+    def _leaf(self, root: nn.Module, node: fx.Node | None) -> Leaf | None:
+        if node is None or node.op != "call_module":
+            return None
+        parent, _, name = str(node.target).rpartition(".")
+        return Leaf(self._container(root, parent), name)
+
+    def _lower(
+        self, root: nn.Module, graph: fx.Graph, matches: list[Match], child: str
+    ) -> None:
+        by_place = {match.place: match for match in matches}
+        inside = {node for match in matches for node in match.nodes}
+        slot: dict[fx.Node, int] = {}
+        last_use: dict[int, int] = {}
+        steps: list[Step] = []
+
+        def load(arg: Any) -> Any:
+            if isinstance(arg, fx.Node):
+                last_use[slot[arg]] = len(steps)
+                return Ref(slot[arg])
+            if isinstance(arg, tuple) and hasattr(arg, "_fields"):
+                return type(arg)(*(load(item) for item in arg))
+            if isinstance(arg, (tuple, list)):
+                return type(arg)(load(item) for item in arg) if type(arg) is tuple else [
+                    load(item) for item in arg
+                ]
+            if isinstance(arg, dict):
+                return {key: load(item) for key, item in arg.items()}
+            if isinstance(arg, slice):
+                return slice(load(arg.start), load(arg.stop), load(arg.step))
+            return arg
+
+        # Values that may be channels-last where the model would have had them contiguous.
+        drifted: set[fx.Node] = set()
+
+        def emit(kind: str, node: fx.Node, target: Any, args: Any, kwargs: Any) -> None:
+            free = kind == "site" or _is_layout_free(kind, node, root)
+            for value in node.all_input_nodes:
+                if value in drifted and not free:
+                    restored = load(value)
+                    slot[value] = self.size
+                    self.size += 1
+                    steps.append(Step("layout", slot[value], None, (restored,), {}, ()))
+                    last_use.setdefault(slot[value], len(steps))
+                    drifted.discard(value)
+            if kind == "site" or any(value in drifted for value in node.all_input_nodes):
+                drifted.add(node)
+            args, kwargs = load(args), load(kwargs)
+            slot[node] = self.size
+            self.size += 1
+            last_use.setdefault(slot[node], len(steps))
+            steps.append(Step(kind, slot[node], target, args, kwargs, ()))
+
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                slot[node] = self.size
+                self.size += 1
+        for node in graph.nodes:
+            match = by_place.get(node)
+            if match is not None:
+                conv = self._leaf(root, match.conv)
+                assert conv is not None
+                target = SiteTarget(
+                    conv,
+                    self._leaf(root, match.bn),
+                    self._leaf(root, match.act_node),
+                    match.act,
+                    child,
+                    f"{self.path}.{match.conv.target}" if self.path else str(match.conv.target),
+                )
+                emit("site", match.tail, target, (match.x, match.residual), {})
+            elif node in inside or node.op == "placeholder":
+                continue
+            elif node.op == "output":
+                emit("output", node, None, (node.args[0],), {})
+                self.result = slot[node]
+            elif node.op == "call_module":
+                emit("module", node, self._leaf(root, node), node.args, node.kwargs)
+            elif node.op == "get_attr":
+                parent, _, name = str(node.target).rpartition(".")
+                leaf = Leaf(self._container(root, parent), name)
+                emit("attr", node, leaf, (), {})
+            else:
+                kind = "method" if node.op == "call_method" else "function"
+                emit(kind, node, node.target, node.args, node.kwargs)
+        dead: dict[int, list[int]] = {}
+        for index, step in last_use.items():
+            dead.setdefault(step, []).append(index)
+        self.steps = [
+            step._replace(free=tuple(s for s in dead.get(i, ()) if s != self.result))
+            for i, step in enumerate(steps)
+        ]
+
+    # Running.
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The placeholders' values, or None where the graph does not hold for this call."""
+        signature = self.signature
+        if not kwargs and len(args) == len(signature.dynamic) <= len(signature.positional):
+            if signature.positional[: len(args)] == signature.dynamic:
+                return list(args)
+        if len(args) > len(signature.positional):
+            return None
+        values = dict(zip(signature.positional, args, strict=False))
+        for name, value in kwargs.items():
+            if name in values:
+                return None
+            values[name] = value
+        for name, default in signature.static.items():
+            if name in values:
+                value = values.pop(name)
+                if type(value) is not type(default) or value != default:
+                    return None
+        if len(values) != len(signature.dynamic):
+            return None
+        inputs = []
+        for name in signature.dynamic:
+            if name not in values:
+                return None
+            inputs.append(values[name])
+        return inputs
+
+    def refusal(self, root: nn.Module) -> str | None:
+        """The reason code that keeps the program from running now, or None."""
+        return self._enter(root)[1]
+
+    def _enter(self, root: nn.Module) -> tuple[list[nn.Module], str | None]:
+        modules = [root]
+        if len(root._modules) != self.root_size:
+            return modules, "REPLACED"
+        if has_global_hooks():
+            return modules, "GLOBAL_HOOKS"
+        for link, expected in zip(self.links, self.containers, strict=True):
+            module = modules[link.parent]._modules.get(link.name)
+            if module is not expected or len(module._modules) != link.size:
+                return modules, "REPLACED"
+            if is_hooked(module):
+                return modules, "HOOKED"
+            if self.training is not None and module.training != root.training:
+                return modules, "MODE_MIX"
+            modules.append(module)
+        return modules, None
+
+    def run(self, root: nn.Module, inputs: list[Any]) -> tuple[bool, Any]:
+        """``(True, result)``, or ``(False, None)`` where ``root`` is not what was traced."""
+        modules, refusal = self._enter(root)
+        if refusal is not None:
+            return False, None
+        contiguous = all(
+            value.is_contiguous() for value in inputs if isinstance(value, Tensor)
+        )
+        slots: list[Any] = [*inputs, *([None] * (self.size - len(inputs)))]
+        for kind, out, target, args, kwargs, free in self.steps:
+            if kind == "site":
+                residual = args[1]
+                value = self._site(
+                    target,
+                    modules,
+                    slots[args[0].slot],
+                    None if residual is None else slots[residual.slot],
+                )
+            elif kind == "module":
+                module = modules[target.container]._modules[target.name]
+                value = module(*_load(args, slots), **_load(kwargs, slots))
+            elif kind == "function":
+                value = target(*_load(args, slots), **_load(kwargs, slots))
+            elif kind == "method":
+                receiver, *rest = _load(args, slots)
+                value = getattr(receiver, target)(*rest, **_load(kwargs, slots))
+            elif kind == "layout":
+                value = slots[args[0].slot]
+                if contiguous and isinstance(value, Tensor):
+                    value = value.contiguous()
+            elif kind == "attr":
+                value = getattr(modules[target.container], target.name)
+            else:
+                value = _load(args[0], slots)
+            slots[out] = value
+            for index in free:
+                slots[index] = None
+        return True, slots[self.result]
+
+    def _site(
+        self, target: SiteTarget, modules: list[nn.Module], x: Any, residual: Any
+    ) -> Any:
+        conv = _lookup(modules, target.conv)
+        bn = _lookup(modules, target.bn)
+        act = _lookup(modules, target.act_module)
+        if self.observe is not None:
+            return self.observe(target, conv, bn, act, x, residual)
+        return run_site(target, conv, bn, act, x, residual)
+
+
+def run_site(target: SiteTarget, conv: Any, bn: Any, act: Any, x: Any, residual: Any) -> Any:
+    """The site's value: fused where its modules are still what was matched."""
+    site = conv._modules.get(target.child)
+    if (
+        site is None
+        or (act is not None and module_activation(act) != target.act)
+        or (residual is not None and not isinstance(residual, Tensor))
+        or (bn is None) != (target.bn is None)
+    ):
+        return run_unfused(target, conv, bn, act, x, residual)
+    return site(planned_layout(x), conv, bn, residual)
+
+
+def planned_layout(x: Tensor) -> Tensor:
+    """``x`` in channels-last where a fused candidate may run: what candidates are best at."""
+    if x.dim() != 4 or torch.is_grad_enabled() or x.dtype not in _PLANNED_DTYPES:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _is_layout_free(kind: str, node: fx.Node, root: nn.Module) -> bool:
+    if kind == "function":
+        return node.target in _LAYOUT_FREE_FUNCTIONS
+    if kind == "method":
+        return node.target in _LAYOUT_FREE_METHODS
+    if kind != "module":
+        return False
+    module = root.get_submodule(str(node.target))
+    return (
+        type(module).__module__.startswith("torch.nn.modules")
+        and not isinstance(module, nn.Unflatten)
+        and not is_hooked(module)
+    )
+
+
+def run_unfused(target: SiteTarget, conv: Any, bn: Any, act: Any, x: Any, residual: Any) -> Any:
+    """The site's value by the modules and functions that it stands for."""
+    y = conv(x)
+    if target.bn is not None:
+        y = bn(y)
+    if residual is not None:
+        y = y + residual
+    return activation.value(target.act, y) if act is None else act(y)
+
+
+def site_refusal(target: SiteTarget, program: Program, root: nn.Module) -> str | None:
+    """The reason code that keeps one site from being fused now, or None."""
+    modules, refusal = program._enter(root)
+    if refusal is not None:
+        return refusal
+    conv, bn = _lookup(modules, target.conv), _lookup(modules, target.bn)
+    act = _lookup(modules, target.act_module)
+    if conv is None or target.child not in conv._modules:
+        return "REPLACED"
+    if is_hooked(conv) or (act is not None and is_hooked(act)):
+        return "HOOKED"
+    if act is not None and module_activation(act) != target.act:
+        return "REPLACED"
+    return None if bn is None else norm_refusal(bn, conv.out_channels)
+
+
+def _lookup(modules: list[nn.Module], leaf: Leaf | None) -> Any:
+    return None if leaf is None else modules[leaf.container]._modules[leaf.name]
+
+
+def _load(arg: Any, slots: list[Any]) -> Any:
+    kind = type(arg)
+    if kind is Ref:
+        return slots[arg.slot]
+    if kind is tuple:
+        return tuple([_load(item, slots) for item in arg])
+    if kind is list:
+        return [_load(item, slots) for item in arg]
+    if kind is dict:
+        return {key: _load(item, slots) for key, item in arg.items()}
+    if kind is slice:
+        return slice(_load(arg.start, slots), _load(arg.stop, slots), _load(arg.step, slots))
+    if isinstance(arg, tuple):
+        return kind(*[_load(item, slots) for item in arg])
+    return arg
+
+
+def _to_name(target: Any) -> Any:
+    if not callable(target) or inspect.isclass(target):
+        return target
+    name = getattr(target, "__name__", "")
+    for home, module in _FUNCTION_HOMES.items():
+        if getattr(module, name, None) is target:
+            return Named(home, name)
+    return target
+
+
+def _from_name(target: Any) -> Any:
+    if isinstance(target, Named):
+        return getattr(_FUNCTION_HOMES[target.home], target.name)
+    return target

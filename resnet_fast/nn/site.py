@@ -1,0 +1,352 @@
+"""The call that every block makes: convolution, batch norm, residual and activation as one site.
+
+A :class:`FusedSite` has no parameters. It reads those of the convolution and the norm at each call,
+so ``state_dict``, optimisers, ``.to()`` and edits in place act on the one truth there is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resnet_fast import _library, ops
+from resnet_fast.ops import activation
+from resnet_fast.ops.activation import ACTIVATIONS
+from resnet_fast.errors import ArgumentError
+from resnet_fast.plan import binding as _binding
+from resnet_fast.plan.candidate import CANDIDATES, ConvArgs
+from resnet_fast.plan.reasons import REASONS
+from resnet_fast.plan.site import DTYPES, Site, device_name, dtype_name
+
+_PLAIN_CONV = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+_PLANNED_DTYPES = frozenset(DTYPES.values())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _is_frozen_norm(norm: nn.Module) -> bool:
+    """torchvision's FrozenBatchNorm2d, told by where it comes from: torchvision is optional."""
+    kind = type(norm)
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops")
+
+
+def unfused(conv: nn.Module, x: Tensor) -> Tensor:
+    """Call ``conv`` as the plain convolution it is, also where it leads into a site itself."""
+    if getattr(conv, "leads_into_site", False):
+        return conv._conv_forward(x, conv.weight, conv.bias)
+    return conv(x)
+
+
+class FusedSite(nn.Module):
+    """``act(bn(conv(x)) + residual)`` by the plan's candidate.
+
+    In ``eval()`` without recorded gradients the verified candidate of the plan runs. In
+    ``train()`` the convolution is followed by :func:`resnet_fast.ops.bn_act_train`, and the running
+    statistics are updated here as ``torch.nn.BatchNorm2d`` updates them. Whatever the fused calls
+    do not cover runs on the framework's own path, with a reason in :meth:`rows`.
+
+    Args:
+        act: activation, one of :data:`resnet_fast.ops.ACTIVATIONS`.
+        name: what ``explain()`` calls the site; its path in the model where empty.
+
+    Raises:
+        ArgumentError: for an unknown activation.
+    """
+
+    is_site = True
+
+    def __init__(self, act: str = "relu", name: str = "") -> None:
+        super().__init__()
+        if act not in ACTIVATIONS:
+            raise ArgumentError("act", f"one of {', '.join(ACTIVATIONS)}", repr(act))
+        self.act = act
+        self.name = name
+        self._forget()
+
+    def _forget(self) -> None:
+        self._generation = -1
+        self._bindings: dict[Any, tuple[_binding.Binding, Site]] = {}
+        # By what a tracer can know: which candidate runs for a dtype, residual and device.
+        self._traced: dict[Any, str] = {}
+        self._framework: dict[str, tuple[Any, ...]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Bindings belong to this process; a copy or an unpickled site plans afresh.
+        state = self.__dict__.copy()
+        for key in ("_bindings", "_traced", "_framework"):
+            state[key] = {}
+        state["_generation"] = -1
+        return state
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}" + (f", name={self.name!r}" if self.name else "")
+
+    def forward(
+        self, x: Tensor, conv: nn.Module, bn: nn.Module | None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Run the site.
+
+        Args:
+            x: N C H W (or the 1-D or 3-D kin), the convolution's dtype or autocast.
+            conv: ``torch.nn.Conv1d``, ``Conv2d`` or ``Conv3d``.
+            bn: a batch norm over the convolution's channels, or None.
+            residual: added before the activation, of the output's shape.
+        """
+        reason = self._why_not(x, conv, bn)
+        if reason == "TRAINING":
+            return self._train(x, conv, bn, residual)
+        if reason is None:
+            reason = self._why_not_now(x, conv, bn, residual)
+        if reason is not None:
+            return self._plain(x, conv, bn, residual, reason)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            residual = None if residual is None else residual.to(dtype)
+        args = self._args(conv, bn)
+        if torch.compiler.is_compiling():
+            return self._trace(x, args, residual)
+        return self._planned(x, args, residual)
+
+    # What the fused calls do not cover.
+
+    def _why_not(self, x: Tensor, conv: Any, bn: Any) -> str | None:
+        if type(conv)._conv_forward not in _PLAIN_CONV if hasattr(conv, "_conv_forward") else True:
+            return "UNKNOWN_CONV"
+        if bn is None or _is_frozen_norm(bn):
+            return None
+        if not isinstance(bn, _BatchNorm) or type(bn).forward not in (
+            _BatchNorm.forward,
+            nn.SyncBatchNorm.forward,
+        ):
+            return "UNKNOWN_NORM"
+        if not bn.training:
+            return "BATCH_STATS" if bn.running_mean is None or bn.running_var is None else None
+        if isinstance(bn, nn.SyncBatchNorm):
+            return "UNKNOWN_NORM"
+        if _hooked(conv) or _hooked(bn):
+            return "HOOKED"
+        return "TRAINING"
+
+    def _why_not_now(self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None) -> str | None:
+        # A convolution that leads into this site fires its hooks around the whole of it.
+        if (bn is not None and _hooked(bn)) or (
+            _hooked(conv) and not getattr(conv, "leads_into_site", False)
+        ):
+            return "HOOKED"
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return "PADDING_MODE"
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or conv.weight.requires_grad
+            or (residual is not None and residual.requires_grad)
+            or (bn is not None and bn.weight is not None and bn.weight.requires_grad)
+        ):
+            return "GRAD"
+        if x.dtype not in _PLANNED_DTYPES or x.dim() != conv.weight.dim():
+            return "DTYPE_MIX"
+        if x.dtype is not conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return "DTYPE_MIX"
+        if x.device != conv.weight.device or x.shape[1] != conv.in_channels:
+            return "DTYPE_MIX"
+        if residual is not None:
+            out = [
+                (n + 2 * p - d * (r - 1) - 1) // s + 1
+                for n, p, d, r, s in zip(
+                    x.shape[2:],
+                    conv.padding,
+                    conv.dilation,
+                    conv.kernel_size,
+                    conv.stride,
+                    strict=True,
+                )
+            ]
+            if list(residual.shape) != [x.shape[0], conv.out_channels, *out]:
+                return "RESIDUAL_SHAPE"
+            if residual.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+                return "DTYPE_MIX"
+        return None
+
+    def _plain(
+        self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None, reason: str
+    ) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._framework[reason] = (tuple(x.shape), tuple(conv.weight.shape), x.dtype)
+        y = unfused(conv, x)
+        if bn is not None:
+            y = bn(y)
+        if residual is not None:
+            y = y + residual
+        return activation.value(self.act, y)
+
+    # Training.
+
+    def _train(self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None) -> Tensor:
+        y = unfused(conv, x)
+        if not self._fuses_training(y, bn, residual):
+            return self._plain_train(y, bn, residual)
+        if residual is not None and residual.dtype is not y.dtype:
+            residual = residual.to(y.dtype)
+        out, mean, rstd = ops.bn_act_train(y, bn.weight, bn.bias, residual, bn.eps, self.act)
+        if bn.track_running_stats and bn.running_mean is not None:
+            self._update_running(bn, y, mean, rstd)
+        return out
+
+    @staticmethod
+    def _fuses_training(y: Tensor, bn: Any, residual: Tensor | None) -> bool:
+        if y.device.type != "cpu" or not _library.status()["cpu"].loaded:
+            return False
+        if y.dim() < 2 or y.numel() <= y.shape[1]:
+            return False  # the framework's own error about one value per channel
+        return residual is None or residual.shape == y.shape
+
+    def _plain_train(self, y: Tensor, bn: Any, residual: Tensor | None) -> Tensor:
+        y = bn(y)
+        if residual is not None:
+            y = y + residual
+        return activation.value(self.act, y)
+
+    @staticmethod
+    def _update_running(bn: Any, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
+        with torch.no_grad():
+            count = y.numel() // y.shape[1]
+            variance = rstd.pow(-2).sub_(bn.eps).clamp_(min=0).mul_(count / (count - 1))
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.add_(1)
+            if bn.momentum is None:
+                momentum = 1.0 / float(bn.num_batches_tracked)
+            else:
+                momentum = bn.momentum
+            bn.running_mean.mul_(1 - momentum).add_(mean.to(bn.running_mean.dtype), alpha=momentum)
+            bn.running_var.mul_(1 - momentum).add_(
+                variance.to(bn.running_var.dtype), alpha=momentum
+            )
+
+    # Evaluation.
+
+    @staticmethod
+    def _args(conv: Any, bn: Any) -> ConvArgs:
+        geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+        if bn is None:
+            return ConvArgs(conv.weight, conv.bias, None, None, None, None, 0.0, *geometry)
+        return ConvArgs(
+            conv.weight,
+            conv.bias,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            bn.eps,
+            *geometry,
+        )
+
+    def _trace(self, x: Tensor, args: ConvArgs, residual: Tensor | None) -> Tensor:
+        name = self._traced.get((x.dtype, residual is None, x.device.type), "aten")
+        return CANDIDATES[name].trace(x, args, residual, self.act)
+
+    def _planned(self, x: Tensor, args: ConvArgs, residual: Tensor | None) -> Tensor:
+        if self._generation != _binding.generation():
+            self._bindings.clear()
+            self._generation = _binding.generation()
+        key = (
+            x.shape[1:],
+            x.dtype,
+            x.is_contiguous(),
+            residual is None,
+            args.mean is None,
+            args.weight.shape,
+            x.device,
+        )
+        found = self._bindings.get(key)
+        if found is None or _binding.tuning() is not None:
+            found = self._bind(key, x, args, residual)
+        return found[0].candidate.run(x, args, residual, self.act)
+
+    def _bind(
+        self, key: Any, x: Tensor, args: ConvArgs, residual: Tensor | None
+    ) -> tuple[_binding.Binding, Site]:
+        channels_last = x.dim() > 3 and not x.is_contiguous() and x.is_contiguous(
+            memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        )
+        site = Site(
+            op="conv_bn_act",
+            x_shape=tuple(x.shape),
+            weight_shape=tuple(args.weight.shape),
+            stride=tuple(args.stride),
+            padding=tuple(args.padding),
+            dilation=tuple(args.dilation),
+            groups=args.groups,
+            act=self.act,
+            affine=args.mean is not None,
+            residual=residual is not None,
+            dtype=dtype_name(x.dtype),
+            layout="channels_last" if channels_last else "contiguous",
+            device=device_name(x.device),
+        )
+        plan = _binding.tuning()
+        if plan is not None:
+            _binding.tune_site(plan, site, x, args, residual)
+        found = (_binding.resolve(site, x.device), site)
+        self._bindings[key] = found
+        self._traced[(x.dtype, residual is None, x.device.type)] = found[0].candidate.name
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each shape the site has run with, framework runs with their reason."""
+        rows: list[dict[str, Any]] = []
+        for binding, site in self._bindings.values():
+            rows.append(
+                {
+                    "name": self.name,
+                    "op": site.op,
+                    "x_shape": site.x_shape,
+                    "weight_shape": site.weight_shape,
+                    "dtype": site.dtype,
+                    "layout": site.layout,
+                    "act": site.act,
+                    "residual": site.residual,
+                    "candidate": binding.candidate.name,
+                    "reason": binding.reason,
+                    "meaning": REASONS[binding.reason],
+                    "error": binding.error,
+                    "limit": binding.limit,
+                    "microseconds": binding.microseconds,
+                    "bytes": site.bytes,
+                    "notes": "; ".join(binding.notes),
+                }
+            )
+        for reason, (x_shape, weight_shape, dtype) in self._framework.items():
+            rows.append(self._bare_row(reason, x_shape, weight_shape, dtype))
+        if not rows:
+            rows.append(self._bare_row("NOT_RUN", None, None, None))
+        return rows
+
+    def _bare_row(self, reason: str, x_shape: Any, weight_shape: Any, dtype: Any) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "op": "conv_bn_act",
+            "x_shape": x_shape,
+            "weight_shape": weight_shape,
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "layout": None,
+            "act": self.act,
+            "residual": None,
+            "candidate": None if reason == "NOT_RUN" else "aten",
+            "reason": reason,
+            "meaning": REASONS[reason],
+            "error": None,
+            "limit": None,
+            "microseconds": None,
+            "bytes": None,
+            "notes": "",
+        }

@@ -1,0 +1,25 @@
+"""The ops: one file a contract (checks, reference, fake, autograd, public function)."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from resnet_fast import _library
+
+# Before the op modules: they register their fakes and gradients on what the library defines.
+_library.load()
+
+from resnet_fast.ops.add_act import add_act  # noqa: E402
+from resnet_fast.ops.bn_act import bn_act  # noqa: E402
+from resnet_fast.ops.bn_act_train import bn_act_train  # noqa: E402
+from resnet_fast.ops.conv_bn_act import conv_bn_act  # noqa: E402
+
+OPS = ("conv_bn_act", "bn_act", "add_act", "bn_act_train")
+
+__all__ = ["OPS", "add_act", "bn_act", "bn_act_train", "conv_bn_act", "module"]
+
+
+def module(op: str) -> ModuleType:
+    """The module that holds the contract of ``op``; the attribute of that name is its function."""
+    return importlib.import_module(f"{__name__}.{op}")

@@ -1,0 +1,135 @@
+"""Derived tensors (folded scale and shift, packed weights) kept beside the parameters they come from.
+
+Parameters are the only truth. An entry is used only while every source tensor is the same memory
+at the same version, and on the CPU while a content fingerprint still agrees, which catches edits
+through ``.data`` that leave the version counter alone. Anything else rebuilds the entry. Entries
+live outside the modules, so ``deepcopy``, pickling and ``state_dict`` never see them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from resnet_fast import _library
+
+# Sweep for dead entries after this many insertions: rare enough to be free, frequent enough that
+# a discarded model gives its packed weights back.
+_SWEEP_EVERY = 64
+
+
+class _Entry:
+    __slots__ = ("fingerprint", "sources", "value")
+
+    def __init__(self, tensors: Sequence[Tensor | None], fingerprint: int | None, value: Any):
+        self.sources = tuple(
+            None if t is None else (t.data_ptr(), t._version, StorageWeakRef(t.untyped_storage()))
+            for t in tensors
+        )
+        self.fingerprint = fingerprint
+        self.value = value
+
+    def matches(self, tensors: Sequence[Tensor | None]) -> bool:
+        for source, tensor in zip(self.sources, tensors, strict=True):
+            if source is None or tensor is None:
+                if source is not tensor:
+                    return False
+            elif (
+                source[0] != tensor.data_ptr()
+                or source[1] != tensor._version
+                or source[2].expired()
+            ):
+                return False
+        return True
+
+    def dead(self) -> bool:
+        return any(source is not None and source[2].expired() for source in self.sources)
+
+
+_entries: dict[Hashable, _Entry] = {}
+_lock = threading.Lock()
+_insertions = 0
+
+
+def _fingerprint(tensors: Sequence[Tensor | None]) -> int | None:
+    native = _library.native()
+    if native is None:
+        return None
+    spans = [
+        (t.data_ptr(), t.untyped_storage().nbytes() - t.storage_offset() * t.element_size())
+        if not t.is_contiguous()
+        else (t.data_ptr(), t.numel() * t.element_size())
+        for t in tensors
+        if t is not None and t.device.type == "cpu"
+    ]
+    return native.fingerprint(spans) if spans else None
+
+
+def cached(kind: Hashable, tensors: Sequence[Tensor | None], build: Callable[[], Any]) -> Any:
+    """Return ``build()``, remembered for as long as ``tensors`` stay what they are.
+
+    Args:
+        kind: what is derived; part of the key, hashable.
+        tensors: every tensor that ``build`` reads; the first is required.
+        build: computes the derived value.
+
+    Inference tensors carry no version counter, so nothing derived from them is kept.
+    """
+    global _insertions
+    first = tensors[0]
+    assert first is not None
+    if any(t is not None and t.is_inference() for t in tensors):
+        return build()
+    key = (kind, first.data_ptr(), first.dtype, first.shape)
+    entry = _entries.get(key)
+    fingerprint = _fingerprint(tensors)
+    if entry is not None and entry.fingerprint == fingerprint and entry.matches(tensors):
+        return entry.value
+    # Outside inference mode: a cached value made inside it could not be used by a later traced
+    # or differentiated call.
+    with torch.inference_mode(False), torch.no_grad():
+        entry = _Entry(tensors, fingerprint, build())
+    with _lock:
+        _entries[key] = entry
+        _insertions += 1
+        if _insertions % _SWEEP_EVERY == 0:
+            for dead in [k for k, e in _entries.items() if e.dead()]:
+                del _entries[dead]
+    return entry.value
+
+
+def clear() -> None:
+    """Forget every derived tensor; the next call derives it again from the parameters."""
+    with _lock:
+        _entries.clear()
+
+
+def fold(
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift of ``BN(conv + bias)`` in evaluation, computed in ``dtype`` (fp32 or fp64).
+
+    ``scale = γ / sqrt(var + eps)``, ``shift = β + (bias − mean) · scale`` (Ioffe and Szegedy
+    2015, algorithm 2). Without statistics the scale is None and the shift is the bias.
+    """
+    if mean is None or var is None:
+        return None, None if bias is None else bias.to(dtype)
+    scale = torch.rsqrt(var.to(dtype) + eps)
+    if bn_weight is not None:
+        scale = scale * bn_weight.to(dtype)
+    centred = -mean.to(dtype) if bias is None else bias.to(dtype) - mean.to(dtype)
+    shift = centred * scale
+    if bn_bias is not None:
+        shift = shift + bn_bias.to(dtype)
+    return scale, shift

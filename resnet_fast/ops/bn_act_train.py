@@ -1,0 +1,162 @@
+"""``bn_act_train``: training batch normalisation, residual add and activation, with its backward op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.errors import ArgumentError
+from resnet_fast.ops import _checks, activation
+
+
+def check(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "none",
+) -> None:
+    """Raise a typed error for arguments that :func:`bn_act_train` does not accept."""
+    _checks.activations("x", x, least=2)
+    activation.check(act)
+    # `not >=` refuses NaN as well.
+    if not isinstance(eps, (int, float)) or not eps >= 0 or eps == float("inf"):
+        raise ArgumentError("eps", "a finite number, 0 or more", repr(eps))
+    _checks.per_channel("weight", weight, x.shape[1], x)
+    _checks.per_channel("bias", bias, x.shape[1], x)
+    _checks.same_shape("residual", residual, x.shape, x)
+    values = x.shape[0]
+    for size in x.shape[2:]:
+        values = values * size
+    if x.shape[1] < 1:
+        raise ArgumentError("x", "one channel or more", f"shape {list(x.shape)}")
+    if values < 2:
+        raise ArgumentError("x", "more than one value per channel", f"shape {list(x.shape)}")
+
+
+def bn_act_train(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "none",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise each channel by the batch's statistics, add a residual and apply an activation.
+
+    ``y = act((x - mean) · rstd · weight + bias + residual)`` with ``rstd = 1 / sqrt(var + eps)``
+
+    Ioffe and Szegedy 2015, "Batch Normalization", algorithm 1; the statistics are over all
+    dimensions but the channels, and ``var`` is the biased one. Computed in fp32 (fp64 for fp64) and
+    rounded once. Running statistics are the caller's: ``mean`` is theirs as it is, and their
+    unbiased variance is ``(1 / rstd² - eps) · m / (m - 1)`` for m values a channel.
+
+    Args:
+        x: [N, C, ...], rank 2 or more, at least two values a channel; fp32, fp16, bf16 or fp64.
+        weight: [C], gamma, fp32 (fp64 beside fp64); 1 if absent.
+        bias: [C], beta, fp32 (fp64 beside fp64); 0 if absent.
+        residual: the shape and dtype of ``x``; 0 if absent.
+        eps: added to the variance.
+        act: one of ``resnet_fast.ops.activation.ACTIVATIONS``.
+
+    Returns:
+        ``y`` of the shape and dtype of ``x``, channels-last if ``x`` is, else contiguous; ``mean``
+        and ``rstd`` of shape [C] in fp32 (fp64 for fp64). Gradients flow from ``y`` to the four
+        tensors, through the statistics, each in its own dtype; ``mean`` and ``rstd`` themselves are
+        marked as not differentiable.
+
+    Raises:
+        ArgumentError: a rank, size, value or device that does not fit; it names the argument.
+        DTypeError: an unsupported dtype, or dtypes that do not go together.
+        LibraryError: the native library is not loaded.
+    """
+    check(x, weight, bias, residual, eps, act)
+    if not _REGISTERED:
+        _checks.require_op("bn_act_train")
+    return torch.ops.resnet_fast.bn_act_train.default(x, weight, bias, residual, eps, act)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "none",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bn_act_train` in plain PyTorch: one framework op after another, each rounding to ``x.dtype``."""
+    z = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    if residual is not None:
+        z = z + residual
+    wide = x.detach().to(_checks.parameter_dtype(x.dtype))
+    var, mean = torch.var_mean(wide, _checks.but_channels(x), correction=0)
+    return activation.value(act, z), mean, torch.rsqrt(var + eps)
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return torch.empty([x.shape[1]], dtype=_checks.parameter_dtype(x.dtype), device=x.device)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(x, weight, bias, residual, eps, act)
+    return _checks.empty_output(x, x.shape), _statistic(x), _statistic(x)
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check(x, weight, bias, residual, 0.0, act)
+    _checks.same_shape("grad_y", grad_y, x.shape, x)
+    _checks.per_channel("mean", mean, x.shape[1], x)
+    _checks.per_channel("rstd", rstd, x.shape[1], x)
+    grad_x = _checks.empty_output(x, x.shape)
+    grad_z = _checks.empty_output(x, x.shape)
+    return grad_x, _statistic(x), _statistic(x), grad_z
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, _, act = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    # The residual and the bias enter the derivative through the activation alone.
+    linear = act == "none"
+    ctx.save_for_backward(
+        x, weight, None if linear else bias, None if linear else residual, mean, rstd
+    )
+    ctx.act = act
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor, grad_mean: Tensor | None, grad_rstd: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.resnet_fast._bn_act_train_backward.default(
+        grad_y, *ctx.saved_tensors, ctx.act
+    )
+    needed = zip(grads, ctx.needs_input_grad[:4], strict=True)
+    return *(grad if need else None for grad, need in needed), None, None
+
+
+_REGISTERED = _checks.has_op("bn_act_train") and _checks.has_op("_bn_act_train_backward")
+if _REGISTERED:
+    torch.library.register_fake("resnet_fast::bn_act_train", _fake)
+    torch.library.register_fake("resnet_fast::_bn_act_train_backward", _fake_backward)
+    torch.library.register_autograd(
+        "resnet_fast::bn_act_train", _backward, setup_context=_setup_context
+    )

@@ -1,0 +1,183 @@
+"""From a site to the candidate that runs there: the active plan, else the default order.
+
+Every choice passes verification first (its verdict may come from the cache). ``aten`` needs none:
+it is the framework's own path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast.plan import cache
+from resnet_fast.plan.candidate import CANDIDATES, Candidate, ConvArgs, default_order
+from resnet_fast.plan.measure import measure
+from resnet_fast.plan.plan import Entry, Plan
+from resnet_fast.plan.site import Site, device_name
+from resnet_fast.plan.verify import verify
+
+
+@dataclass
+class Binding:
+    """What runs at a site, and why: the facts of one ``explain()`` row."""
+
+    candidate: Candidate
+    reason: str
+    error: float | None = None
+    limit: float | None = None
+    microseconds: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+_state = threading.local()
+# Bindings made under an older generation are stale; bumped when the process's plan changes.
+_generation = 0
+_process_plan: Plan | None = None
+
+
+def generation() -> int:
+    """Changes whenever bindings have to be looked up again."""
+    return _generation
+
+
+def active_plan() -> Plan | None:
+    """The plan in force, or None for the default order."""
+    return _process_plan
+
+
+def _set_plan(plan: Plan | None) -> None:
+    global _process_plan, _generation
+    _process_plan = plan
+    _generation += 1
+
+
+@contextlib.contextmanager
+def use(plan: Plan | None) -> Iterator[None]:
+    """Let ``plan`` decide within the block, for every model of the process."""
+    before = _process_plan
+    _set_plan(plan)
+    try:
+        yield
+    finally:
+        _set_plan(before)
+
+
+def verified(site: Site, candidate: Candidate, device: torch.device) -> tuple[bool, float, float]:
+    """``(ok, error, limit)`` of ``candidate`` at ``site``, from the cache or a fresh comparison."""
+    kept = cache.get(site.key, candidate.name)
+    if kept is None:
+        verdict = verify(site, candidate, device)
+        cache.put(
+            site.key, candidate.name, ok=verdict.ok, error=verdict.error, limit=verdict.limit
+        )
+        return verdict.ok, verdict.error, verdict.limit
+    return kept["ok"], kept["error"], kept["limit"]
+
+
+def resolve(site: Site, device: torch.device) -> Binding:
+    """The binding of ``site``: the first candidate of the plan's or default order that holds."""
+    plan = _process_plan
+    entry = plan.entries.get(site.key) if plan is not None else None
+    order = default_order(site)
+    if entry is not None:
+        order = (entry.candidate, *(name for name in order if name != entry.candidate))
+    notes: list[str] = []
+    mismatch = False
+    for name in order:
+        candidate = CANDIDATES[name]
+        refusal = candidate.reject(site)
+        if refusal is not None:
+            notes.append(f"{name}: {refusal}")
+            continue
+        timed = entry.microseconds if entry is not None and entry.candidate == name else None
+        if name == "aten":
+            if mismatch:
+                reason = "MISMATCH"
+            elif entry is not None and entry.candidate == "aten":
+                reason = "FRAMEWORK"
+            else:
+                reason = "NO_CANDIDATE"
+            return Binding(candidate, reason, microseconds=timed, notes=notes)
+        ok, error, limit = verified(site, candidate, device)
+        if ok:
+            return Binding(candidate, "OK", error, limit, timed, notes)
+        mismatch = True
+        notes.append(f"{name}: error {error:.3g} beyond the limit {limit:.3g}")
+        warnings.warn(
+            f"resnet_fast: candidate {name} left the error budget ({error:.3g} > {limit:.3g}) at "
+            f"{site.key}; the site runs on the next candidate",
+            stacklevel=2,
+        )
+    raise AssertionError("aten accepts every site")
+
+
+def tuning() -> Plan | None:
+    """The plan that this thread is measuring into, or None."""
+    return getattr(_state, "tuning", None)
+
+
+def tune_site(
+    plan: Plan, site: Site, x: Tensor, args: ConvArgs, residual: Tensor | None
+) -> None:
+    """Measure every candidate that accepts ``site`` and holds, and enter the fastest."""
+    if site.key in plan.entries:
+        return
+    figures: dict[str, tuple[float | None, float | None]] = {}
+    runs = {}
+    for name, candidate in CANDIDATES.items():
+        if candidate.reject(site) is not None:
+            continue
+        error = limit = None
+        if name != "aten":
+            ok, error, limit = verified(site, candidate, x.device)
+            if not ok:
+                continue
+        figures[name] = (error, limit)
+        runs[name] = lambda c=candidate: c.run(x, args, residual, site.act)
+    medians = measure(runs, x.device)
+    winner = min(medians, key=medians.__getitem__)
+    plan.entries[site.key] = Entry(
+        winner,
+        *figures[winner],
+        microseconds=round(medians[winner], 2),
+        measured={name: round(value, 2) for name, value in medians.items()},
+    )
+
+
+def tune(model: nn.Module, *example_inputs: Tensor, plan: Plan | None = None) -> Plan:
+    """Measure the candidates of every site that ``model`` reaches, and return the plan.
+
+    Args:
+        model: a model of this package or an accelerated one; its mode is restored.
+        example_inputs: what to call it with; their batch is the one measured.
+        plan: a plan to extend; sites that it already has are kept.
+
+    The model is put under the plan with :func:`use`, or for good with :func:`set_plan`.
+    """
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    if plan is None:
+        plan = Plan(device_name(device))
+    if example_inputs:
+        plan.batch = int(example_inputs[0].shape[0])
+    modes = {module: module.training for module in model.modules()}
+    _state.tuning = plan
+    try:
+        model.eval()
+        with torch.inference_mode():
+            model(*example_inputs)
+    finally:
+        _state.tuning = None
+        for module, mode in modes.items():
+            module.training = mode
+    return plan
+
+
+def set_plan(plan: Plan | None) -> None:
+    """Let ``plan`` decide for every model of this process from now on; None undoes that."""
+    _set_plan(plan)

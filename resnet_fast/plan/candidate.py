@@ -1,0 +1,263 @@
+"""Candidates for a convolution site: the ways to run it, and the order to try them in.
+
+A candidate takes the parameters as they are and derives what it needs through
+:mod:`resnet_fast.ops._pack`. ``aten``, the framework's own path, accepts everything; it is the
+last resort of every order and the baseline of every comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet_fast import _library
+from resnet_fast.ops import _pack, conv_bn_act_onednn
+from resnet_fast.ops import activation
+from resnet_fast.ops._checks import channels_last
+from resnet_fast.plan.site import DTYPES, Site
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvArgs(NamedTuple):
+    """The parameters of one convolution and its batch norm, as the modules hold them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    eps: float
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Every tensor that a derived value may depend on, the weight first."""
+        return self[:6]
+
+
+Run = Callable[[Tensor, ConvArgs, Tensor | None, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a convolution site.
+
+    ``reject(site)`` is None where the candidate can run, and a plain reason where it cannot.
+    ``run`` is called eagerly; ``trace`` under a compiler or exporter.
+    """
+
+    name: str
+    reject: Callable[[Site], str | None]
+    run: Run
+    trace: Run
+
+
+def _affine(x: Tensor, args: ConvArgs) -> tuple[Tensor | None, Tensor | None]:
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return _pack.cached(
+        ("affine", dtype), args.tensors, lambda: _pack.fold(*args[1:7], dtype=dtype)
+    )
+
+
+def _affine_traced(x: Tensor, args: ConvArgs) -> tuple[Tensor | None, Tensor | None]:
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return _pack.fold(*args[1:7], dtype=dtype)
+
+
+def _weight(x: Tensor, args: ConvArgs) -> Tensor:
+    """The weight in the input's dtype; they differ under autocast alone."""
+    if args.weight.dtype is x.dtype:
+        return args.weight
+    return _pack.cached(("cast", x.dtype), (args.weight,), lambda: args.weight.to(x.dtype))
+
+
+def _never(site: Site) -> str | None:
+    return None
+
+
+# aten: convolution, batch norm, add and activation, one op each.
+
+
+def run_aten(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+    """The framework's own path, and the definition that every candidate is compared with."""
+    weight = args.weight if args.weight.dtype is x.dtype else args.weight.to(x.dtype)
+    bias = None if args.bias is None else args.bias.to(x.dtype)
+    geometry = (args.stride, args.padding, args.dilation, args.groups)
+    y = _CONV[x.dim() - 2](x, weight, bias, *geometry)
+    if args.mean is not None:
+        y = F.batch_norm(
+            y, args.mean, args.var, args.bn_weight, args.bn_bias, False, 0.0, args.eps
+        )
+    if residual is not None:
+        y = y + residual
+    return activation.value(act, y)
+
+
+# onednn: the framework's fused CPU convolution over packed weights.
+
+
+def _reject_onednn(site: Site) -> str | None:
+    if not site.device.startswith("cpu"):
+        return "oneDNN runs on the CPU"
+    if not conv_bn_act_onednn.available(DTYPES[site.dtype]):
+        return f"oneDNN does not run {site.dtype} on this processor"
+    if len(site.x_shape) not in (4, 5):
+        return "torch's fused oneDNN convolution has two or three spatial dimensions"
+    return None
+
+
+def _run_onednn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+    return conv_bn_act_onednn.run(x, *args[:7], residual, *args[7:], act)
+
+
+def _trace_onednn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+    return torch.ops.resnet_fast._conv_bn_act_onednn(x, *args[:7], residual, *args[7:], act)
+
+
+# native and triton: this package's kernels, weights unfolded, scale and shift in the epilogue.
+
+
+def _reject_native(site: Site) -> str | None:
+    if not site.device.startswith("cpu"):
+        return "the C++ convolution runs on the CPU"
+    if site.dtype == "float64":
+        return "fp64 is the reference itself, nothing finer is there to verify against"
+    status = _library.status().get("cpu")
+    return None if status is not None and status.loaded else "the CPU op library is not loaded"
+
+
+def _reject_triton(site: Site) -> str | None:
+    if not site.device.startswith("cuda"):
+        return "Triton kernels run on CUDA devices"
+    if site.dtype == "float64":
+        return "the Triton convolution accumulates in fp32"
+    if not hasattr(torch.ops.resnet_fast, "_conv_bn_act_triton"):
+        return "Triton is not installed"
+    return None
+
+
+def _through(op: Callable[[], Callable[..., Tensor]], traced: bool) -> Run:
+    affine = _affine_traced if traced else _affine
+
+    def run(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+        scale, shift = affine(x, args)
+        weight = args.weight.to(x.dtype) if traced else _weight(x, args)
+        return op()(x, weight, scale, shift, residual, *args[7:], act)
+
+    return run
+
+
+def _native_op() -> Callable[..., Tensor]:
+    return torch.ops.resnet_fast.conv_bn_act
+
+
+def _triton_op() -> Callable[..., Tensor]:
+    return torch.ops.resnet_fast._conv_bn_act_triton
+
+
+# conv+bn_act: the library's convolution, then one pass for all that follows it.
+
+
+def _reject_epilogue(site: Site) -> str | None:
+    if not site.device.startswith("cuda"):
+        return "on the CPU the convolution's own post-ops move fewer bytes"
+    if site.dtype == "float64":
+        return "fp64 has no fused epilogue"
+    status = _library.status().get("cuda")
+    return None if status is not None and status.loaded else "the CUDA op library is not loaded"
+
+
+def _epilogue(traced: bool) -> Run:
+    affine = _affine_traced if traced else _affine
+
+    def run(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+        scale, shift = affine(x, args)
+        weight = args.weight.to(x.dtype) if traced else _weight(x, args)
+        y = _CONV[x.dim() - 2](x, weight, None, *args[7:])
+        if residual is not None:
+            residual = residual.contiguous(memory_format=channels_last(y) or torch.contiguous_format)
+        return torch.ops.resnet_fast.bn_act(y, scale, shift, residual, act)
+
+    return run
+
+
+# cudnn: the library's fused convolution, bias, add and ReLU over folded weights.
+
+
+def _reject_cudnn(site: Site) -> str | None:
+    if not (site.device.startswith("cuda") and torch.backends.cudnn.is_available()):
+        return "cuDNN runs on CUDA devices"
+    if site.act != "relu" or len(site.x_shape) != 4:
+        return "cuDNN's fused call is a 2-D convolution with ReLU"
+    if site.dtype not in ("float16", "float32", "bfloat16"):
+        return f"cuDNN's fused call does not take {site.dtype}"
+    return None
+
+
+def _run_cudnn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+    def build() -> tuple[Tensor, Tensor]:
+        scale, shift = _pack.fold(*args[1:7])
+        weight = args.weight.float()
+        if scale is not None:
+            weight = weight * scale.view(-1, 1, 1, 1)
+        bias = weight.new_zeros(weight.shape[0]) if shift is None else shift
+        layout = torch.channels_last
+        return weight.to(x.dtype).contiguous(memory_format=layout), bias.to(x.dtype)
+
+    weight, bias = _pack.cached(("cudnn", x.dtype), args.tensors, build)
+    geometry = (args.stride, args.padding, args.dilation, args.groups)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+
+def _trace_cudnn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+    scale, shift = _pack.fold(*args[1:7])
+    weight = args.weight.float()
+    if scale is not None:
+        weight = weight * scale.view(-1, 1, 1, 1)
+    bias = weight.new_zeros(weight.shape[0]) if shift is None else shift
+    geometry = (args.stride, args.padding, args.dilation, args.groups)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight.to(x.dtype), bias.to(x.dtype), *geometry)
+    return torch.cudnn_convolution_add_relu(
+        x, weight.to(x.dtype), residual, 1.0, bias.to(x.dtype), *geometry
+    )
+
+
+CANDIDATES: dict[str, Candidate] = {
+    c.name: c
+    for c in (
+        Candidate("onednn", _reject_onednn, _run_onednn, _trace_onednn),
+        Candidate("native", _reject_native, _through(_native_op, False), _through(_native_op, True)),
+        Candidate("triton", _reject_triton, _through(_triton_op, False), _through(_triton_op, True)),
+        Candidate("cudnn", _reject_cudnn, _run_cudnn, _trace_cudnn),
+        Candidate("conv+bn_act", _reject_epilogue, _epilogue(False), _epilogue(True)),
+        Candidate("aten", _never, run_aten, run_aten),
+    )
+}
+
+
+def default_order(site: Site) -> tuple[str, ...]:
+    """Candidates to try without a measurement, best first.
+
+    On the CPU the fused oneDNN convolution writes each output once and is the same library that
+    ``aten`` calls. On CUDA the library's convolution with one fused pass behind it can only save
+    launches and bytes; a kernel that replaces the convolution has to win a measurement first
+    (:func:`resnet_fast.plan.tune`).
+    """
+    if site.device.startswith("cpu"):
+        return ("onednn", "aten")
+    return ("conv+bn_act", "aten")

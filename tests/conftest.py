@@ -1,0 +1,47 @@
+"""Marks, seeds and threads for every test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Two: enough to run the parallel paths, few enough to share a machine.
+torch.set_num_threads(int(os.environ.get("RESNET_FAST_TEST_THREADS", "2")))
+
+_REQUIRE_GPU = os.environ.get("RESNET_FAST_REQUIRE_GPU") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: takes seconds or much memory")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or _REQUIRE_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.fail("RESNET_FAST_REQUIRE_GPU=1, and torch sees no CUDA device", pytrace=False)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Where a GPU is required, a GPU test that skips itself has failed."""
+    outcome = yield
+    report = outcome.get_result()
+    if _REQUIRE_GPU and report.skipped and item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where a GPU is required: {report.longrepr}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,142 @@
+"""The benchmark's arithmetic, its driver and its refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_fast.bench import BenchError, bench, bench_model, runner
+from resnet_fast.bench.engines import ENGINES, OURS, CudnnFused
+from resnet_fast.bench.report import percentile, save_csv, save_json, summarise, table
+
+CASE = {"model": "resnet18", "batch": 2, "dtype": "fp32", "size": 64}
+
+
+def test_percentile() -> None:
+    assert percentile([3.0], 0.9) == 3.0
+    assert percentile([4.0, 1.0, 3.0, 2.0, 5.0], 0.5) == 3.0
+    assert percentile([0.0, 10.0], 0.1) == pytest.approx(1.0)
+
+
+def test_ratios_compare_medians() -> None:
+    info: dict[str, Any] = {"error": 0.0, "limit": 1.0, "within_budget": True}
+    rows = summarise(
+        CASE,
+        [
+            ("resnet_fast", [10.0, 10.0, 40.0], info),
+            ("eager", [20.0, 20.0, 20.0], info),
+            ("eager_nhwc", [5.0, 5.0, 5.0], info),
+            ("openvino", [], {"unavailable": "not installed"}),
+        ],
+    )
+    ours, eager, nhwc, absent = rows
+    assert ours["vs_eager"] == 2.0
+    assert ours["best_peer"] == "eager_nhwc" and ours["vs_best_peer"] == 0.5
+    assert eager["vs_eager"] == 1.0 and nhwc["images_per_second"] == 400.0
+    assert absent["status"] == "unavailable" and "median_ms" not in absent
+
+
+def test_report_files(tmp_path: Path) -> None:
+    info: dict[str, Any] = {"error": 1e-6, "limit": 1e-5, "within_budget": True}
+    result = {"environment": {"cpu": "x"}, "rows": summarise(CASE, [("eager", [1.0, 2.0], info)])}
+    save_json(result, tmp_path / "a.json")
+    save_csv(result, tmp_path / "a.csv")
+    assert json.loads((tmp_path / "a.json").read_text()) == result
+    header, line = (tmp_path / "a.csv").read_text().splitlines()
+    assert header.startswith("model,batch") and line.startswith("resnet18,2")
+    assert table(result["rows"]).row_count == 1
+
+
+def test_quick_bench_in_workers(tmp_path: Path) -> None:
+    result = bench(
+        "resnet18",
+        batches=(2,),
+        size=64,
+        reps=1,
+        threads=1,
+        engines=("resnet_fast", "eager", "cudnn_fused"),
+        turn_seconds=0.01,
+    )
+    ours, eager, cudnn = result["rows"]
+    assert ours["within_budget"] and ours["error"] <= ours["limit"]
+    assert ours["median_ms"] > 0 and eager["vs_eager"] == 1.0
+    assert ours["run_peak_mb"] > 10
+    assert cudnn["status"] == "unavailable" and cudnn["reason"] == "runs on CUDA only"
+    assert result["environment"]["torch"] == torch.__version__
+
+
+def test_a_wrong_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(job: Any) -> Any:
+        model = ENGINES["eager"](job)
+        return lambda: model() + 1
+
+    monkeypatch.setitem(ENGINES, "resnet_fast", wrong)
+    with pytest.raises(BenchError, match="nothing is reported"):
+        bench_model("resnet18", size=32, reps=1, engines=("resnet_fast",), isolate=False)
+
+
+def test_a_failing_peer_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(job: Any) -> Any:
+        raise RuntimeError("no such thing\nsecond line")
+
+    monkeypatch.setitem(ENGINES, "eager", broken)
+    (row,) = bench_model("resnet18", size=32, reps=1, engines=("eager",), isolate=False)
+    assert row["status"] == "failed" and row["reason"] == "RuntimeError: no such thing"
+
+
+def test_an_absent_peer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (row,) = bench_model("resnet18", size=32, reps=1, engines=("openvino",), isolate=False)
+    assert row["status"] == "unavailable" and row["reason"].startswith("not installed")
+
+
+def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    worker = runner.WorkerProcess("eager", 1, tmp_path / "log")
+    try:
+        assert "worker ended" in worker.ask("memory")["failed"]
+    finally:
+        worker.close()
+
+
+def test_workers_sleep_between_turns(tmp_path: Path) -> None:
+    worker = runner.WorkerProcess("eager", 1, tmp_path / "log")
+    try:
+        assert worker.ask("memory")["run_peak_mb"] > 0
+        os.waitid(os.P_PID, worker.process.pid, os.WSTOPPED | os.WNOWAIT)
+    finally:
+        worker.close()
+
+
+def test_cudnn_executor_folds_and_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its wiring on the CPU, with cuDNN's two calls spelled out in plain ones."""
+    from resnet_fast import verify
+
+    conv = torch.nn.functional.conv2d
+
+    def relu(x: Any, w: Any, b: Any, *geometry: Any) -> torch.Tensor:
+        return conv(x, w, b, *geometry).relu()
+
+    def add_relu(x: Any, w: Any, z: Any, alpha: float, b: Any, *geometry: Any) -> torch.Tensor:
+        return (conv(x, w, b, *geometry) + alpha * z).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    for name in ("resnet18", "resnet50"):
+        problem = verify.make_problem(name, "fp32", 1, 32)
+        model, _ = verify.build_reference(name)
+        model.load_state_dict(problem.state)
+        with torch.inference_mode():
+            check = verify.check_output(problem, CudnnFused(model, torch.float32)(problem.x))
+        # Folding rounds the weights once more than the budget of an unfolded path foresees.
+        assert check.error <= 4 * check.limit
+
+
+def test_ours_are_engines() -> None:
+    assert set(OURS) < set(ENGINES)

@@ -1,0 +1,96 @@
+"""The GPU campaign's dry mode, and the README's table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import campaign, render_readme
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_dry_campaign(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.campaign", "--dry", "--minutes", "2"]
+    run = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads((tmp_path / "campaign.json").read_text())
+    assert [step["status"] for step in result["steps"]] == ["ok"] * 4
+    assert result["dry"] and result["tests"] == "ok"
+    assert {row["engine"] for row in result["rows"]} >= {"resnet_fast", "eager"}
+    assert {row["batch"] for row in result["rows"]} == {1, 2}
+    unavailable = [row for row in result["rows"] if row["engine"] == "cudnn_fused"]
+    assert unavailable[0]["reason"] == "runs on CUDA only"
+    assert "resnet18 fp32 b1" in (tmp_path / "table.txt").read_text()
+
+
+def test_time_is_kept_and_partial_results_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = sys.executable
+    order = [
+        campaign.Step("build", (python, "-c", "pass"), 30),
+        campaign.Step("sleeper", (python, "-c", "import time; time.sleep(60)"), 0.5),
+        campaign.Step("broken", (python, "-c", "raise SystemExit('no luck')"), 30),
+    ]
+    monkeypatch.setattr(campaign, "steps", lambda out, dry: order)
+    assert campaign.campaign(1, tmp_path, dry=True) == 1
+    steps = json.loads((tmp_path / "campaign.json").read_text())["steps"]
+    assert [step["status"] for step in steps] == ["ok", "timeout", "failed"]
+    assert steps[2]["tail"] == ["no luck"]
+    assert campaign.campaign(0.05, tmp_path, dry=True) == 0
+    steps = json.loads((tmp_path / "campaign.json").read_text())["steps"]
+    assert {step["status"] for step in steps} == {"no time left"}
+
+
+def test_the_most_telling_rows_come_first() -> None:
+    first = campaign.ROWS[0]
+    assert (first.model, first.dtype, first.batches) == ("resnet50", "fp16", (128,))
+    wanted = {
+        (model, dtype, batch)
+        for model in ("resnet18", "resnet50")
+        for dtype in ("fp16", "bf16", "fp32")
+        for batch in (1, 8, 32, 128, 256)
+    }
+    assert wanted <= {(r.model, r.dtype, b) for r in campaign.ROWS for b in r.batches}
+
+
+def _result() -> dict[str, object]:
+    row = {"model": "resnet18", "dtype": "fp32", "batch": 1, "size": 224}
+    facts = {"cpu": "a processor", "threads": 2, "torch": "2", "commit": "abc", "date": "today"}
+    return {
+        "environment": facts,
+        "command": "resnet-fast bench resnet18",
+        "rows": [
+            row | {"engine": "eager", "median_ms": 20.0},
+            row | {"engine": "resnet_fast", "median_ms": 10.0},
+            row | {"engine": "openvino", "status": "unavailable", "reason": "not installed"},
+        ],
+    }
+
+
+def test_readme_table(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(_result()))
+    text = render_readme.render(tmp_path)
+    assert "| resnet18 fp32 batch 1 | **10** | 20 |" in text
+    assert "a processor, 2 threads" in text and "`resnet-fast bench resnet18`" in text
+    readme = f"top\n{render_readme.BEGIN}\nold\n{render_readme.END}\nend\n"
+    assert render_readme.update(readme, text).startswith(f"top\n{render_readme.BEGIN}\n| milli")
+    with pytest.raises(ValueError, match="markers"):
+        render_readme.update("nothing", text)
+
+
+def test_red_or_dry_results_are_not_published() -> None:
+    for mark in ({"dry": True}, {"tests": "failed"}):
+        with pytest.raises(ValueError, match="not a result"):
+            render_readme.render_file(_result() | mark)
+
+
+def test_readme_matches_the_results() -> None:
+    assert render_readme.main(["--check"]) == 0

@@ -1,0 +1,173 @@
+"""The command line: help, output formats, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resnet_fast import cli, verify
+from resnet_fast.bench import BenchError
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "resnet_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("resnet-fast: error: ") and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("command", ("info", "verify", "bench", "demo", "explain"))
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Usage: resnet-fast" in out and f"$ resnet-fast {command}" in out
+
+
+def test_module_and_no_arguments() -> None:
+    top = run("--help")
+    assert top.returncode == 0 and "explain" in top.stdout
+    bare = run()
+    assert bare.returncode == 2 and "Usage" in bare.stderr + bare.stdout
+
+
+def test_unknown_model_suggests_names(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("verify", "bench", "explain"):
+        assert cli.main([command, "resnet5"]) == 2
+        assert "did you mean resnet50" in error_line(capsys)
+
+
+def test_a_subprocess_fails_in_one_line() -> None:
+    result = run("verify", "resnet5")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "resnet50" in result.stderr
+    debug = run("--debug", "verify", "resnet5")
+    assert debug.returncode == 1 and "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    (
+        (("verify", "resnet18", "--dtype", "int8"), "'dtype'"),
+        (("verify", "resnet18", "--batch", "0"), "'batch'"),
+        (("verify", "resnet18", "--size", "1"), "'size'"),
+        (("verify", "resnet18", "--device", "tpu"), "'device'"),
+        (("bench", "resnet18", "--batch", "1,x"), "'batch'"),
+        (("bench", "resnet18", "--batch", "-1"), "'batch'"),
+        (("bench", "resnet18", "--peers", "tensorrt"), "'peers'"),
+        (("bench", "resnet18", "--threads", "0"), "'threads'"),
+        (("bench", "resnet18", "--json", "/nonexistent/x.json"), "/nonexistent"),
+        (("bench", "resnet18", "--reps", "0"), "--reps"),
+        (("explain", "resnet18", "--dtype", "fp8"), "'dtype'"),
+        (("verify",), "MODEL"),
+        (("verify", "resnet18", "--nonsense"), "--nonsense"),
+        (("polish",), "polish"),
+    ),
+)
+def test_bad_input(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert words in error_line(capsys)
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] and "cpu" in facts["libraries"]
+    for library in facts["libraries"].values():
+        assert library["loaded"] or library["reason"]
+    assert cli.main(["info"]) == 0
+    assert facts["cache"].split("/")[-1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+def test_verify(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["verify", "resnet18", "--dtype", dtype, "--size", "64", "--batch", "1"]
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["ok"] and len(result["sites"]) == 20
+    assert result["network"]["error"] <= result["network"]["limit"]
+
+
+def test_verify_without_torchvision(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert cli.main(["verify", "resnet18", "--size", "32"]) == 0
+    assert "plain_reference: all within budget" in capsys.readouterr().out
+
+
+def test_a_mismatch_exits_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = verify.Check("layer1.0.conv1", False, 1.0, 0.1)
+    good = verify.Check("output", True, 0.0, 0.1)
+    result = verify.Verification("resnet18", "fp32", 1, 32, "cpu", "torchvision", good, [bad])
+    monkeypatch.setattr(verify, "verify_model", lambda *args, **kwargs: result)
+    assert cli.main(["verify", "resnet18"]) == 1
+    out = capsys.readouterr().out
+    assert "MISMATCH" in out and "1 outside the budget" in out
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "resnet18", "--size", "64", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 20 and all(row["candidate"] and row["reason"] for row in rows)
+    assert len({row["name"] for row in rows}) == 20
+    assert cli.main(["explain", "resnet18", "--size", "64"]) == 0
+    assert "layer4.1.conv2" in capsys.readouterr().out
+
+
+def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = (tmp_path / "out.json", tmp_path / "out.csv")
+    arguments = ["bench", "resnet18", "--batch", "1", "--size", "64", "--reps", "1"]
+    arguments += ["--threads", "1", "--peers", "eager,eager_nhwc"]
+    assert cli.main([*arguments, "--json", str(files[0]), "--csv", str(files[1])]) == 0
+    result = json.loads(files[0].read_text())
+    assert [row["engine"] for row in result["rows"]] == ["resnet_fast", "eager", "eager_nhwc"]
+    assert len(files[1].read_text().splitlines()) == 4
+    assert "vs best peer" in capsys.readouterr().out
+
+
+def test_bench_refuses_red(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise BenchError("resnet_fast is wrong by 1")
+
+    monkeypatch.setattr("resnet_fast.bench.bench", refuse)
+    assert cli.main(["bench", "resnet18"]) == 1
+    assert "wrong by 1" in error_line(capsys)
+
+
+def test_unexpected_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(cli, "collect_info", broken)
+    assert cli.main(["info"]) == 1
+    assert "RuntimeError: first second" in error_line(capsys)
+    with pytest.raises(RuntimeError):
+        cli.main(["info", "--debug"])
+
+
+def test_demo_quick() -> None:
+    command = [sys.executable, "-m", "resnet_fast", "demo", "--quick", "--device", "cpu"]
+    environment = os.environ | {"COLUMNS": "160"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith("Summary on cpu: within the error budget")
+    assert "slower than eager" in last

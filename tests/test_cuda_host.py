@@ -1,0 +1,247 @@
+"""The CUDA kernels' device code, compiled for the host, against PyTorch in fp64.
+
+Every thread of a grid runs in turn (tests/cuda_host/shim.h). Outputs start as NaN between guards;
+AddressSanitizer and UndefinedBehaviorSanitizer watch reads, writes and the alignment of vectors.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fast.ops import activation
+from resnet_fast.testing.budget import rounding, within_budget
+
+HERE = Path(__file__).parent
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLAGS = "-std=c++20 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape as batch, channels, plane; `resident` blocks of 256 threads bound the grid."""
+
+    batch: int
+    channels: int
+    plane: int
+    resident: int = 1
+
+    @property
+    def numel(self) -> int:
+        return self.batch * self.channels * self.plane
+
+
+# Below one vector; a tail; planes shorter than a vector, straddled, aligned; more than one step of
+# the grid-stride loop; a channel count that shares no factor with the threads.
+GEOMETRIES = (
+    Geometry(1, 3, 1),
+    Geometry(2, 5, 49),
+    Geometry(3, 7, 3),
+    Geometry(1, 64, 56),
+    Geometry(2, 24, 121),
+    Geometry(1, 1, 6007),
+    Geometry(5, 37, 49, resident=2),
+    Geometry(2, 1031, 7),
+    Geometry(8, 9, 64, resident=3),
+)
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    binary = tmp_path_factory.mktemp("cuda_host") / "run"
+    command = [compiler, *FLAGS, *SANITIZERS, str(HERE / "cuda_host/run.cpp"), "-o", str(binary)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in done.stderr and "san" in done.stderr:
+        command = [part for part in command if part not in SANITIZERS]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return binary
+
+
+def raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def run_kernel(
+    runner: Path,
+    kernel: str,
+    dtype: torch.dtype,
+    access: str,
+    index: str,
+    act: str,
+    geometry: Geometry,
+    tensors: list[Tensor],
+    flags: tuple[bool, bool, bool],
+) -> Tensor:
+    """The kernel's output, a line of ``geometry.numel`` elements."""
+    shape = (geometry.numel, geometry.channels, geometry.plane, geometry.resident)
+    words = [kernel, str(dtype).removeprefix("torch."), access, index, activation.code(act), *shape]
+    command = [str(runner), *map(str, words), *(str(int(flag)) for flag in flags)]
+    done = subprocess.run(command, input=b"".join(map(raw, tensors)), capture_output=True)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr.decode()[:2000]}"
+    return torch.from_numpy(numpy.frombuffer(done.stdout, numpy.uint8).copy()).view(dtype)
+
+
+def draw(count: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(count, generator=generator, dtype=torch.float64) * 2).to(dtype)
+
+
+def check(actual: Tensor, framework: Tensor, truth: Tensor) -> None:
+    verdict = within_budget(actual, framework, truth)
+    limit = verdict.limit
+    if actual.dtype == torch.float64:
+        # The truth is in fp64 too, and itself a few roundings off.
+        limit = 8 * rounding(actual.dtype, truth)
+    assert verdict.error <= limit, f"error {verdict.error} beyond {limit}"
+
+
+def accesses(dtype: torch.dtype) -> list[tuple[str, str]]:
+    every = [("vector", "32"), ("vector", "64"), ("scalar", "32")]
+    return every if dtype == torch.float16 else every[:1]
+
+
+def clear_of_kinks(z: Tensor, act: str) -> Tensor:
+    """Where a rounded pre-activation cannot fall on the other side of a kink."""
+    clear = torch.ones_like(z, dtype=torch.bool)
+    for kink in activation.KINKS[act]:
+        clear &= (z - kink).abs() > 2**-4
+    return clear
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", activation.ACTIVATIONS)
+def test_every_activation(runner: Path, act: str, dtype: torch.dtype) -> None:
+    geometry = Geometry(2, 5, 49)
+    x, residual, grad_y = (draw(geometry.numel, dtype, seed) for seed in range(3))
+    flags = (True, False, False)
+    actual = run_kernel(
+        runner, "add_act", dtype, "vector", "32", act, geometry, [x, residual], flags
+    )
+    truth = activation.value(act, x.double() + residual.double())
+    check(actual, activation.value(act, x + residual), truth)
+
+    inputs = [grad_y, x, residual]
+    actual = run_kernel(
+        runner, "add_act_backward", dtype, "vector", "32", act, geometry, inputs, flags
+    )
+    z = x.double() + residual.double()
+    clear = clear_of_kinks(z, act)
+    truth = activation.grad(act, grad_y.double(), z)[clear]
+    check(actual[clear], activation.grad(act, grad_y, x + residual)[clear], truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_add_act_maps_every_element(runner: Path, geometry: Geometry, dtype: torch.dtype) -> None:
+    x, residual, grad_y = (draw(geometry.numel, dtype, seed) for seed in range(3))
+    z = x.double() + residual.double()
+    clear = clear_of_kinks(z, "relu")
+    for access, index in accesses(dtype):
+        for kernel, inputs in (("add_act", []), ("add_act_backward", [grad_y])):
+            actual = run_kernel(
+                runner,
+                kernel,
+                dtype,
+                access,
+                index,
+                "relu",
+                geometry,
+                [*inputs, x, residual],
+                (True, False, False),
+            )
+            if inputs:
+                truth = activation.grad("relu", grad_y.double(), z)
+                framework = activation.grad("relu", grad_y, x + residual)
+                check(actual[clear], framework[clear], truth[clear])
+            else:
+                check(actual, torch.relu(x + residual), torch.relu(z))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "planes"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_bn_act_maps_every_element(
+    runner: Path, geometry: Geometry, dtype: torch.dtype, layout: str
+) -> None:
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    x, residual = (draw(geometry.numel, dtype, seed) for seed in range(2))
+    scale, shift = (draw(geometry.channels, statistics, seed) for seed in range(2, 4))
+    shape = (geometry.batch, geometry.channels, geometry.plane)
+    affine_shape = (1, geometry.channels, 1)
+    if layout == "channels_last":
+        shape = (geometry.batch, geometry.plane, geometry.channels)
+        affine_shape = (1, 1, geometry.channels)
+
+    def reference(kind: torch.dtype, flags: tuple[bool, bool, bool]) -> Tensor:
+        z = x.to(kind).view(shape)
+        if flags[1]:
+            z = z * scale.to(kind).view(affine_shape)
+        if flags[2]:
+            z = z + shift.to(kind).view(affine_shape)
+        if flags[0]:
+            z = z + residual.to(kind).view(shape)
+        return torch.nn.functional.silu(z).view(-1)
+
+    for access, index in accesses(dtype):
+        for flags in ((True, True, True), (False, True, True), (False, False, True)):
+            inputs = [x, *(t for t, use in zip((residual, scale, shift), flags) if use)]
+            kernel = f"bn_act_{layout}"
+            actual = run_kernel(
+                runner, kernel, dtype, access, index, "silu", geometry, inputs, flags
+            )
+            check(actual, reference(dtype, flags), reference(torch.float64, flags))
+
+
+def test_absent_parameters_keep_every_bit(runner: Path) -> None:
+    geometry = Geometry(1, 5, 7)
+    x = draw(geometry.numel, torch.float32, 0)
+    x[:4] = torch.tensor([-0.0, torch.inf, -torch.inf, 1e-42])
+    for layout in ("channels_last", "planes"):
+        flags = (False, False, False)
+        actual = run_kernel(
+            runner,
+            f"bn_act_{layout}",
+            torch.float32,
+            "vector",
+            "32",
+            "none",
+            geometry,
+            [x],
+            flags,
+        )
+        assert raw(actual) == raw(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_pass_as_in_the_framework(runner: Path, dtype: torch.dtype) -> None:
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0], dtype=dtype)
+    x, residual = special.repeat_interleave(6), torch.zeros(36, dtype=dtype)
+    grad_y = special.repeat(6)
+    geometry = Geometry(1, 1, 36)
+    flags = (True, False, False)
+    for act in ("none", "relu", "relu6", "leaky_relu"):
+        actual = run_kernel(
+            runner, "add_act", dtype, "vector", "32", act, geometry, [x, residual], flags
+        )
+        truth = activation.value(act, x.double())
+        check(actual, activation.value(act, x), truth)
+        if act == "relu6":
+            continue  # at NaN the framework's CPU mask stops the gradient, its CUDA mask does not
+        inputs = [grad_y, x, residual]
+        actual = run_kernel(
+            runner, "add_act_backward", dtype, "vector", "32", act, geometry, inputs, flags
+        )
+        truth = activation.grad(act, grad_y.double(), x.double())
+        check(actual, activation.grad(act, grad_y, x), truth)

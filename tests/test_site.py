@@ -1,0 +1,240 @@
+"""FusedSite: the framework's numbers in every mode, and fresh parameters at every call."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_fast import ArgumentError, refresh
+from resnet_fast.nn.site import FusedSite
+from resnet_fast.testing.budget import within_budget
+
+
+class Cell(nn.Module):
+    def __init__(self, act="relu", fused=True, bias=False, norm=nn.BatchNorm2d, **conv):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 12, 3, padding=1, bias=bias, **conv)
+        self.bn = norm(12)
+        self.site = FusedSite(act)
+        self.fused = fused
+
+    def forward(self, x, residual=None):
+        if self.fused:
+            return self.site(x, self.conv, self.bn, residual)
+        y = self.bn(self.conv(x))
+        y = y if residual is None else y + residual
+        return torch.relu(y) if self.site.act == "relu" else y
+
+
+def randomised(cell: Cell) -> Cell:
+    with torch.no_grad():
+        if isinstance(cell.bn, nn.BatchNorm2d):
+            cell.bn.weight.uniform_(0.5, 1.5)
+            cell.bn.bias.normal_()
+            cell.bn.running_mean.normal_()
+            cell.bn.running_var.uniform_(0.5, 2)
+    return cell
+
+
+def pair(**kwargs):
+    ours = randomised(Cell(**kwargs))
+    plain = copy.deepcopy(ours)
+    plain.fused = False
+    return ours, plain
+
+
+def assert_same(ours, plain, x, residual=None):
+    wide = copy.deepcopy(plain).double()
+    with torch.inference_mode():
+        truth = wide(x.double(), None if residual is None else residual.double())
+        verdict = within_budget(ours(x, residual), plain(x, residual), truth)
+    assert verdict.ok, verdict
+
+
+def candidate(cell: Cell) -> str:
+    return cell.site.rows()[-1]["candidate"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation(bias, residual, layout, dtype):
+    ours, plain = pair(bias=bias)
+    ours, plain = ours.to(dtype).eval(), plain.to(dtype).eval()
+    x = torch.randn(3, 8, 7, 5).to(dtype).contiguous(memory_format=layout)
+    r = torch.randn(3, 12, 7, 5).to(dtype) if residual else None
+    assert_same(ours, plain, x, r)
+    assert ours.site.rows()[0]["reason"] in ("OK", "NO_CANDIDATE", "FRAMEWORK")
+
+
+def edits():
+    def in_place(c):
+        with torch.no_grad():
+            c.conv.weight.mul_(1.5)
+
+    def one_statistic_through_data(c):
+        c.bn.running_mean.data[3] += 2
+
+    def weight_through_data(c):
+        c.conv.weight.data.mul_(0.5)
+
+    def gamma(c):
+        with torch.no_grad():
+            c.bn.weight[1] = 7
+
+    def load(c):
+        c.load_state_dict({k: v * 1.25 for k, v in c.state_dict().items()})
+
+    def new_parameter(c):
+        c.conv.weight = nn.Parameter(c.conv.weight.detach() * 2)
+
+    def to_double_and_back(c):
+        c.double()
+        with torch.no_grad():
+            c.conv.weight.add_(0.1)
+        c.float()
+
+    def memory_format(c):
+        c.to(memory_format=torch.channels_last)
+
+    def optimiser(c):
+        opt = torch.optim.SGD(c.parameters(), 0.1)
+        for p in c.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+
+    return [v for v in locals().values() if callable(v)]
+
+
+@pytest.mark.parametrize("edit", edits(), ids=lambda f: f.__name__)
+def test_the_next_forward_after_an_edit_is_right(edit):
+    ours, _ = pair()
+    ours.eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.inference_mode():
+        before = ours(x).clone()
+    edit(ours)
+    plain = copy.deepcopy(ours)
+    plain.fused = False
+    assert_same(ours, plain, x)
+    with torch.inference_mode():
+        if edit.__name__ != "memory_format":
+            assert not torch.equal(before, ours(x)), "the edit must be one that shows"
+
+
+def test_refresh_drops_what_was_derived():
+    ours, plain = pair()
+    ours.eval(), plain.eval()
+    x = torch.randn(1, 8, 6, 6)
+    assert_same(ours, plain, x)
+    refresh()
+    assert_same(ours, plain, x)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("residual", [False, True])
+def test_training_step(momentum, residual):
+    ours, plain = pair()
+    for c in (ours, plain):
+        c.bn.momentum = momentum
+        c.train()
+    wide = copy.deepcopy(plain).double()
+    x = torch.randn(4, 8, 7, 5)
+    r = torch.randn(4, 12, 7, 5) if residual else None
+    g = torch.randn(4, 12, 7, 5)
+    results = []
+    for cell, dtype in ((ours, torch.float32), (plain, torch.float32), (wide, torch.float64)):
+        xi = x.detach().clone().to(dtype).requires_grad_()
+        ri = None if r is None else r.detach().clone().to(dtype).requires_grad_()
+        for _ in range(2):
+            y = cell(xi, ri)
+        y.backward(g.to(dtype))
+        tensors = {"y": y.detach(), "grad_x": xi.grad}
+        if ri is not None:
+            tensors["grad_residual"] = ri.grad
+        tensors |= {f"grad_{k}": p.grad for k, p in cell.named_parameters()}
+        tensors |= dict(cell.named_buffers())
+        results.append(tensors)
+    for key, value in results[0].items():
+        if value.is_floating_point():
+            verdict = within_budget(value, results[1][key], results[2][key])
+            assert verdict.ok, (key, verdict)
+        else:
+            assert torch.equal(value, results[1][key]), key
+
+
+def test_reasons():
+    x = torch.randn(2, 8, 6, 6)
+
+    def reason(cell, call=None):
+        with torch.inference_mode():
+            (call or (lambda: cell(x)))()
+        return cell.site.rows()[-1]["reason"]
+
+    cell = Cell().eval()
+    assert cell.site.rows()[0]["reason"] == "NOT_RUN"
+    cell(x)
+    assert cell.site.rows()[-1]["reason"] == "GRAD"
+    cell = Cell().eval()
+    fired = []
+    cell.conv.register_forward_hook(lambda *a: fired.append(1))
+    assert reason(cell) == "HOOKED" and fired
+    assert reason(Cell(norm=lambda c: nn.GroupNorm(3, c)).eval()) == "UNKNOWN_NORM"
+    assert reason(Cell(padding_mode="reflect").eval()) == "PADDING_MODE"
+    norm = lambda c: nn.BatchNorm2d(c, track_running_stats=False)  # noqa: E731
+    assert reason(Cell(norm=norm).eval()) == "BATCH_STATS"
+    cell = Cell().eval()
+    assert reason(cell, lambda: cell(x, torch.randn(1, 12, 1, 1))) == "RESIDUAL_SHAPE"
+
+
+def test_unknown_activation():
+    with pytest.raises(ArgumentError, match="act"):
+        FusedSite("swish")
+
+
+def test_copies_and_pickles_plan_afresh():
+    cell = randomised(Cell()).eval()
+    x = torch.randn(1, 8, 6, 6)
+    with torch.inference_mode():
+        y = cell(x)
+        for other in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
+            assert other.site.rows()[0]["reason"] == "NOT_RUN"
+            assert torch.equal(other(x), y)
+
+
+def test_autocast_and_inference_parameters():
+    ours, plain = pair()
+    ours.eval(), plain.eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        y, z = ours(x), plain(x)
+    assert y.dtype == z.dtype == torch.bfloat16
+    wide = copy.deepcopy(plain).double()
+    with torch.inference_mode():
+        assert within_budget(y, z, wide(x.double())).ok
+        made_inside = randomised(Cell()).eval()
+        before = made_inside(x)
+        made_inside.conv.weight[0, 0, 0, 0] += 100
+        assert not torch.equal(before, made_inside(x))
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_compile_sees_one_graph(planned):
+    ours, plain = pair()
+    ours.eval(), plain.eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        if planned:
+            ours(x)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        truth = copy.deepcopy(plain).double()(x.double())
+        assert within_budget(compiled(x), plain(x), truth).ok
+        ours.conv.weight.mul_(2)
+        plain.conv.weight.mul_(2)
+        truth = copy.deepcopy(plain).double()(x.double())
+        assert within_budget(compiled(x), plain(x), truth).ok, "stale packed weights"
