@@ -28,6 +28,7 @@ STABLE_TARGET = "0x020b000000000000"  # torch 2.11: the oldest torch that the li
 # PTX is kept for 8.0: that of 9.0a runs on 9.0 only, that of 8.0 on everything later.
 CUDA_ARCHES = "8.0+PTX;9.0a"
 SANITIZE = os.environ.get("RESNET_FAST_SANITIZE", "")
+CONFIGURATION = "build/generated/configuration"
 
 BUILD_ADVICE = """
 resnet_fast: the native build failed. It needs
@@ -133,7 +134,7 @@ def system_includes() -> list[str]:
 
 def headers(*folders: str) -> list[str]:
     found = [f for folder in folders for f in glob(f"{folder}/*.h") + glob(f"{folder}/*.cuh")]
-    return sorted([*found, "setup.py"])
+    return sorted([*found, "setup.py", CONFIGURATION])
 
 
 def cpu_library() -> Extension:
@@ -169,8 +170,15 @@ def cuda_library() -> Extension:
         depends=headers("csrc", "csrc/math", "csrc/cuda"),
         extra_compile_args={
             "cxx": [*CXX_FLAGS, "-O2", "-g0", *defines, *system_includes()],
-            "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", "-Xcompiler=-Wall"]
-            + ["--expt-relaxed-constexpr", *defines, *system_includes()],
+            "nvcc": [
+                "-std=c++20",
+                "-O3",
+                "-Xcompiler=-fvisibility=hidden",
+                "-Xcompiler=-Wall",
+                "--expt-relaxed-constexpr",
+                *defines,
+                *system_includes(),
+            ],
         },
         library_dirs=[*library_paths(), f"{HOME}/lib64", f"{HOME}/lib"],
         libraries=["torch_cpu", "torch_cuda", "cudart"],
@@ -194,8 +202,24 @@ def native_module() -> Extension:
     )
 
 
+def write_if_changed(path: str, text: str) -> None:
+    """Keeps the time stamp of a file whose content stays, so that nothing is rebuilt for it."""
+    target = ROOT / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or target.read_text() != text:
+        target.write_text(text)
+
+
+def write_configuration() -> None:
+    """What a binary depends on besides its sources; every extension lists this file."""
+    names = ("CXX", "CC", "CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST")
+    rows = [f"{name}={os.environ.get(name, '')}" for name in names]
+    rows += [f"torch={torch.__version__}", f"cuda={HOME} {nvcc_version()}"]
+    write_if_changed(CONFIGURATION, "\n".join(rows) + "\n")
+
+
 def write_build_info() -> None:
-    """What the build knows, as a header; written only when it changes, so nothing is rebuilt."""
+    """What the build knows, as a header for resnet_fast._native."""
     facts = {
         "torch_version": torch.__version__,
         "stable_abi_target": "2.11",
@@ -209,10 +233,7 @@ def write_build_info() -> None:
         "#pragma once\n\n// Written by setup.py.\n"
         "inline constexpr const char* kBuildInfo[][2] = {\n" + rows + "\n};\n"
     )
-    target = ROOT / "build/generated/build_info.h"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists() or target.read_text() != text:
-        target.write_text(text)
+    write_if_changed("build/generated/build_info.h", text)
 
 
 class Build(BuildExtension):
@@ -225,6 +246,8 @@ class Build(BuildExtension):
             tag += f"-{SANITIZE}" if SANITIZE else ""
             self.build_temp = str(ROOT / "build" / f"temp.{tag}")
             self.build_lib = str(ROOT / "build" / f"inplace.{tag}")
+        # torch forces every link; the extensions' `depends` name all that matters.
+        self.force = False
         compiler = (os.environ.get("CXX") or "c++").split()[0]
         if shutil.which(compiler) is None:
             sys.exit(f"resnet_fast: no C++ compiler: {compiler!r} is not on PATH\n{BUILD_ADVICE}")
@@ -236,6 +259,7 @@ class Build(BuildExtension):
 
 if CUDA_ABSENCE is not None:
     print(f"resnet_fast: the CUDA library is not built: {CUDA_ABSENCE}")
+write_configuration()
 extensions = [cpu_library()]
 if not SANITIZE:
     write_build_info()

@@ -41,9 +41,10 @@ _INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as one launch would compile it: a name, and how to make that launch."""
+    """One kernel as one launch would compile it: a name, targets, and how to make that launch."""
 
     name: str
+    archs: tuple[int, ...]
     launch: Callable[..., torch.Tensor]
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -73,63 +74,45 @@ def _conv(dtype: torch.dtype, c: int, k: int, taps: int, stride: int, size: int)
     return x, w, _meta(k), _meta(k), residual, [stride] * 2, pad, [1, 1], 1, "relu"
 
 
-def variants() -> list[Variant]:
-    """Every kernel x config x dtype, with the whole epilogue, on ResNet-50's shapes.
+# fp16 and full fp32 differ in code and registers everywhere, so they are compiled for every target.
+# bf16 is fp16 with another opcode, and tf32 fp32 with fewer registers: one target each.
+_ARCHS = {"fp16": ARCHITECTURES, "fp32": ARCHITECTURES, "bf16": (90,), "tf32": (80,)}
 
-    fp32 convolutions come once with tf32 and once without.
-    """
+
+def variants() -> list[Variant]:
+    """Every kernel x config x dtype, with the whole epilogue, on ResNet-50's shapes."""
     found: list[Variant] = []
-    for dtype in _POINTERS:
-        tf32 = (False, True) if dtype == torch.float32 else (False,)
-        for allow in tf32:
-            label = "tf32" if allow else _NAMES[dtype]
-            for config in conv_bn_act.configs(dtype):
-                options = {"config": config, "allow_tf32": allow}
-                sites: dict[str, tuple[Any, ...]]
-                if config.packed:
-                    c = {16: 1, 32: 3, 64: 8}[config.block_c]
-                    sites = {"conv7x7": _conv(dtype, c, 64, 7, 2, 224)}
-                else:
-                    sites = {
-                        "gemm": _conv(dtype, 256, 128, 1, 1, 28),
-                        "conv3x3": _conv(dtype, 128, 128, 3, 1, 28),
-                    }
-                for site, args in sites.items():
-                    found.append(
-                        Variant(
-                            f"conv_bn_act/{site}/{config.name}/{label}",
-                            conv_bn_act.launch_conv_bn_act,
-                            args,
-                            options,
-                        )
-                    )
-        x, c = _meta(32, 256, 28, 28, dtype=dtype), _meta(256)
-        for rows, cols, warps in bn_act.CONFIGS:
-            for last in (False, True):
-                xl = x.contiguous(memory_format=torch.channels_last) if last else x
-                layout = "nhwc" if last else "nchw"
-                found.append(
-                    Variant(
-                        f"bn_act/{layout}/{rows}x{cols}w{warps}/{_NAMES[dtype]}",
-                        bn_act.launch_bn_act,
-                        (xl, c, c, xl, "gelu"),
-                        {"config": (rows, cols, warps)},
-                    )
-                )
-        for block, warps in add_act.CONFIGS:
-            name = f"{block}w{warps}/{_NAMES[dtype]}"
-            options = {"config": (block, warps)}
-            found.append(
-                Variant(f"add_act/{name}", add_act.launch_add_act, (x, x, "gelu"), options)
-            )
-            found.append(
-                Variant(
-                    f"add_act_backward/{name}",
-                    add_act.launch_add_act_backward,
-                    (x, x, x, "gelu"),
-                    options,
-                )
-            )
+
+    def add(name: str, launch: Callable[..., torch.Tensor], *args: Any, **options: Any) -> None:
+        found.append(Variant(name, _ARCHS[name.rsplit("/", 1)[1]], launch, args, options))
+
+    for dtype, label in (*_NAMES.items(), (torch.float32, "tf32")):
+        conv = conv_bn_act.launch_conv_bn_act
+        for config in conv_bn_act.configs(dtype):
+            options = {"config": config, "allow_tf32": label == "tf32"}
+            if config.packed:
+                c = {16: 1, 32: 3, 64: 8}[config.block_c]
+                sites = {"conv7x7": _conv(dtype, c, 64, 7, 2, 224)}
+            else:
+                sites = {
+                    "gemm": _conv(dtype, 256, 128, 1, 1, 28),
+                    "conv3x3": _conv(dtype, 128, 128, 3, 1, 28),
+                }
+            for site, args in sites.items():
+                add(f"conv_bn_act/{site}/{config.name}/{label}", conv, *args, **options)
+        if label == "tf32":
+            continue
+        x, vector = _meta(32, 256, 28, 28, dtype=dtype), _meta(256)
+        for tile in bn_act.CONFIGS:
+            for layout, fmt in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):
+                xl = x.contiguous(memory_format=fmt)
+                name = f"bn_act/{layout}/{tile[0]}x{tile[1]}w{tile[2]}/{label}"
+                add(name, bn_act.launch_bn_act, xl, vector, vector, xl, "gelu", config=tile)
+        for flat in add_act.CONFIGS:
+            name = f"{flat[0]}w{flat[1]}/{label}"
+            add(f"add_act/{name}", add_act.launch_add_act, x, x, "gelu", config=flat)
+            backward = add_act.launch_add_act_backward
+            add(f"add_act_backward/{name}", backward, x, x, x, "gelu", config=flat)
     return found
 
 
@@ -170,8 +153,8 @@ def source(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
             signature[parameter.name] = "i32" if value <= _INT32_MAX else "i64"
         if isinstance(value, torch.Tensor) or value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {k: recorder.arguments[k] for k in ("num_warps", "num_stages") if k in
-               recorder.arguments}  # fmt: skip
+    keys = ("num_warps", "num_stages")
+    options = {k: recorder.arguments[k] for k in keys if k in recorder.arguments}
     return ASTSource(recorder.kernel, signature, constants, attributes), options
 
 
@@ -212,16 +195,21 @@ def _compile_named(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
 
 def compile_all(
     names: Iterable[str] | None = None,
-    archs: Iterable[int] = ARCHITECTURES,
+    archs: tuple[int, ...] = ARCHITECTURES,
     processes: int = 2,
     report: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Resources of every variant on every architecture, by "op/kernel/config/dtype/sm_XX".
+    """Resources of every variant on its architectures, by "op/kernel/config/dtype/sm_XX".
 
     A variant that does not compile has the single entry "error".
     """
-    names = [v.name for v in variants()] if names is None else list(names)
-    jobs = [(name, arch) for name in names for arch in archs]
+    chosen = None if names is None else set(names)
+    jobs = [
+        (v.name, arch)
+        for v in variants()
+        for arch in v.archs
+        if arch in archs and (chosen is None or v.name in chosen)
+    ]
     table: dict[str, dict[str, Any]] = {}
     # Spawned: forking a process that has run torch's threads can deadlock.
     context = multiprocessing.get_context("spawn")
@@ -249,7 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     bad = sum("error" in row or row["spill"] > 0 for row in table.values())
     if options.out is not None:
         kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-        kept[triton.__version__] = table
+        kept[triton.__version__] = dict(
+            sorted({**kept.get(triton.__version__, {}), **table}.items())
+        )
         options.out.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             f'  "{version}": {{\n'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -205,8 +205,8 @@ class Config(NamedTuple):
 # BLOCK_M >= 64 in every config: wgmma and tcgen05 have no smaller tile. 64 channels of fp16 are
 # the 128 bytes of a shared-memory swizzle row. Shared memory is stages * (M + N) * C * 2 bytes.
 HALF_CONFIGS = (
-    Config(128, 128, 64, 8, 3),  # 96 KB: most reuse; two CTAs an SM on sm_90
-    Config(128, 64, 64, 4, 3),  # 72 KB: K <= 64 fills it, so no column of the tile idles
+    Config(128, 128, 32, 8, 4),  # 64 KB: most reuse; three CTAs an SM on sm_90
+    Config(128, 64, 32, 4, 4),  # 48 KB: K <= 64 fills it, so no column of the tile idles
     Config(64, 64, 64, 4, 4),  # 64 KB: small images and batch 1, where CTAs are short
 )
 # Without tf32 the product is made of FMAs and the operands live in registers: small tiles only.
@@ -215,11 +215,12 @@ FLOAT_CONFIGS = (
     Config(128, 64, 32, 8, 3),  # 72 KB: many pixels
 )
 # s and c share the reduction where S * C / groups <= 64: the C = 3 stem reduces over 7 rows of 32
-# instead of 49 taps of 16; a depthwise filter over R rows of 16. The block is the power of two.
+# instead of 49 taps of 16; a depthwise filter over R rows of 16. The block is the power of two. The
+# packed index defeats vector loads: 16 elements of x a thread, or the unrolled rows spill on sm_80.
 PACKED_CONFIGS = (
     Config(128, 64, 16, 4, 2, packed=True),
-    Config(128, 64, 32, 4, 2, packed=True),
-    Config(128, 64, 64, 4, 2, packed=True),
+    Config(128, 64, 32, 8, 2, packed=True),
+    Config(64, 64, 64, 8, 2, packed=True),
 )
 
 
@@ -345,11 +346,7 @@ def conv_kernel(
 
     # Padded pixels make these offsets negative; the mask of each tap keeps them from being read.
     x_rows = x_ptr + (
-        n * stride_xn
-        + iz * stride_xd
-        + iy * stride_xh
-        + ix * stride_xw
-        + group * CG * stride_xc
+        n * stride_xn + iz * stride_xd + iy * stride_xh + ix * stride_xw + group * CG * stride_xc
     )
     w_cols = w_ptr + k * stride_wk
 
@@ -486,7 +483,8 @@ def _allow_tf32() -> bool:
         return bool(torch.backends.cudnn.allow_tf32)
     except RuntimeError:
         # torch refuses the old flag once the per-operator one was set.
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+        cudnn: Any = torch.backends.cudnn
+        return bool(cudnn.conv.fp32_precision == "tf32")
 
 
 def _volume(t: torch.Tensor) -> torch.Tensor:
@@ -531,7 +529,8 @@ def launch_conv_bn_act(
 
     x is [N, C, *spatial] with one to three spatial dimensions and any strides; weight is
     [K, C / groups, *filter] with any strides. `config` overrides the heuristic, `wide` the
-    choice of 64-bit offsets, `allow_tf32` torch.backends.cudnn.allow_tf32. Raises ValueError or TypeError rather than read out of bounds.
+    choice of 64-bit offsets, `allow_tf32` torch.backends.cudnn.allow_tf32. Raises ValueError
+    or TypeError rather than read out of bounds.
     """
     check_input(x)
     check_tensor("weight", weight, x)

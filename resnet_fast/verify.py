@@ -109,9 +109,10 @@ def randomise(model: torch.nn.Module, example: torch.Tensor, seed: int = _SEED) 
         model.eval()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            deviation = norm.running_var.sqrt()
-            norm.running_mean.add_(uniform(norm.running_mean, -0.5, 0.5) * deviation)
-            norm.running_var.mul_(uniform(norm.running_var, 0.7, 1.4)).clamp_(min=1e-3)
+            mean, var = norm.running_mean, norm.running_var
+            assert mean is not None and var is not None
+            mean.add_(uniform(mean, -0.5, 0.5) * var.sqrt())
+            var.mul_(uniform(var, 0.7, 1.4)).clamp_(min=1e-3)
 
 
 def default_size(name: str) -> int:

@@ -92,7 +92,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 def test_verify(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["verify", "resnet18", "--dtype", dtype, "--size", "64", "--batch", "1"]
+    arguments = ["verify", "resnet18", "--dtype", dtype, "--size", "64", "--batch", "2"]
     assert cli.main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["ok"] and len(result["sites"]) == 20

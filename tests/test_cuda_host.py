@@ -21,7 +21,7 @@ from resnet_fast.testing.budget import rounding, within_budget
 
 HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FLAGS = "-std=c++20 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -196,7 +196,8 @@ def test_bn_act_maps_every_element(
 
     for access, index in accesses(dtype):
         for flags in ((True, True, True), (False, True, True), (False, False, True)):
-            inputs = [x, *(t for t, use in zip((residual, scale, shift), flags) if use)]
+            optional = zip((residual, scale, shift), flags, strict=True)
+            inputs = [x, *(tensor for tensor, used in optional if used)]
             kernel = f"bn_act_{layout}"
             actual = run_kernel(
                 runner, kernel, dtype, access, index, "silu", geometry, inputs, flags

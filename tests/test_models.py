@@ -102,7 +102,7 @@ def test_eval_matches_torchvision(pair):
 def _step(model, x, y, layout=torch.contiguous_format):
     model.zero_grad(set_to_none=True)
     dtype = model.conv1.weight.dtype
-    given = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
+    given = x.detach().to(dtype, memory_format=layout, copy=True).requires_grad_()
     loss = F.cross_entropy(model(given), y)
     loss.backward()
     result = {"loss": loss.detach(), "input.grad": given.grad}

@@ -12,8 +12,8 @@ from torch import nn
 
 from resnet_fast import PlanError, plan
 from resnet_fast.nn.site import FusedSite
-from resnet_fast.plan import cache
 from resnet_fast.plan import binding as binding_module
+from resnet_fast.plan import cache
 from resnet_fast.plan.candidate import CANDIDATES, Candidate, run_aten
 from resnet_fast.plan.site import Site, device_name
 from resnet_fast.plan.verify import random_inputs, verify
@@ -111,9 +111,7 @@ def test_a_wrong_candidate_is_rolled_back_and_says_so(monkeypatch):
     def wrong(x, args, residual, act):
         return run_aten(x, args, residual, act) * 1.001
 
-    monkeypatch.setitem(
-        CANDIDATES, "onednn", Candidate("onednn", lambda site: None, wrong, wrong)
-    )
+    monkeypatch.setitem(CANDIDATES, "onednn", Candidate("onednn", lambda site: None, wrong, wrong))
     with pytest.warns(UserWarning, match="left the error budget"):
         binding = plan.resolve(SITE, torch.device("cpu"))
     assert binding.candidate.name == "aten"
@@ -139,9 +137,7 @@ def test_a_candidate_that_raises_or_misshapes_is_a_mismatch():
 def test_verification_is_paid_once(monkeypatch):
     calls = []
     original = binding_module.verify
-    monkeypatch.setattr(
-        binding_module, "verify", lambda *a: calls.append(a) or original(*a)
-    )
+    monkeypatch.setattr(binding_module, "verify", lambda *a: calls.append(a) or original(*a))
     plan.resolve(SITE, torch.device("cpu"))
     first = len(calls)
     assert first >= 1

@@ -1,7 +1,7 @@
 // conv_bn_act: y = act(conv(x, weight) * scale[k] + shift[k] + residual), for any geometry.
 //
-// Memory is channels-last: x is [pixel in][C], y is [pixel out][K]. A task owns one group, a strip
-// of up to kStrip output channels and a chunk of output pixels:
+// Memory is channels-last: x is [pixel in][C], y is [pixel out][K]. A task owns one group (or a
+// bundle of small ones), a strip of up to kStrip output channels and a chunk of output pixels:
 //
 //            depth = taps * C/groups              strip of K
 //          +------------------------+           +----+----+----+
@@ -36,7 +36,8 @@ struct Geometry {
 };
 
 constexpr int64_t kPanel = 256;            // columns of x gathered at a time
-constexpr int64_t kPanelStride = 256 + 16;  // rows apart by an odd number of cache lines
+constexpr int64_t kBundlePanel = 512;      // the same where several small groups share the gather
+constexpr int64_t kPanelStride = 512 + 16;  // rows apart by an odd number of cache lines
 constexpr int64_t kStrip = 128;            // output channels a gathered panel serves
 constexpr int64_t kChunk = 98;             // output pixels a task takes at most
 
@@ -105,38 +106,46 @@ RF_INLINE inline void widen_copy(const T* __restrict from, A* __restrict to, int
   }
 }
 
-// Columns [begin, end) of one pixel's row of the gathered matrix, ordered [kd][kh][kw][c]. Without
-// dilation along the width and without groups, all kw taps are one run of memory.
+// Columns [begin, end) of one pixel's row of the gathered matrix, ordered [kd][kh][kw][c], for `width`
+// channels from `channel`. Without dilation along the width and with all channels, the kw taps are
+// one run of memory.
 template <typename T, typename A>
-RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& win, int64_t group,
-                                 int64_t begin, int64_t end, A* row) {
-  const int64_t cg = g.group_channels();
-  const bool merged = g.groups == 1 && (g.dilation[2] == 1 || g.kernel[2] == 1);
-  const int64_t taps_a_run = merged ? g.kernel[2] : 1;
-  const int64_t runs_a_row = g.kernel[2] / taps_a_run;
-  const int64_t run_length = taps_a_run * cg;
+RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& win, int64_t channel,
+                                 int64_t width, int64_t begin, int64_t end, A* row) {
+  const bool merged = width == g.channels && (g.dilation[2] == 1 || g.kernel[2] == 1);
+  const int64_t run_length = merged ? g.kernel[2] * width : width;
+  const int64_t runs_a_line = merged ? 1 : g.kernel[2];
+  const int64_t first_run = begin / run_length;
+  int64_t from = begin - first_run * run_length;
+  int64_t kw = first_run % runs_a_line;
+  int64_t kh = first_run / runs_a_line % g.kernel[1];
+  int64_t kd = first_run / runs_a_line / g.kernel[1];
   for (int64_t at = begin; at < end;) {
-    const int64_t run = at / run_length;
-    const int64_t from = at - run * run_length;
     const int64_t to = std::min(run_length, from + (end - at));
-    const int64_t line = run / runs_a_row;
-    const int64_t d = win.d + line / g.kernel[1] * g.dilation[0];
-    const int64_t h = win.h + line % g.kernel[1] * g.dilation[1];
-    const int64_t w = win.w + run % runs_a_row * g.dilation[2];
+    const int64_t d = win.d + kd * g.dilation[0];
+    const int64_t h = win.h + kh * g.dilation[1];
+    const int64_t w = win.w + kw * g.dilation[2];
     int64_t lo = to, hi = to;  // the part inside the image; the rest is zero
     if (d >= 0 && d < g.in[0] && h >= 0 && h < g.in[1]) {
-      lo = std::clamp(-w * cg, from, to);
-      hi = std::clamp((g.in[2] - w) * cg, lo, to);
+      lo = std::clamp(-w * width, from, to);
+      hi = std::clamp((g.in[2] - w) * width, lo, to);
     }
     A* out = row + (at - begin) - from;
-    std::fill(out + from, out + lo, A(0));
+    for (int64_t i = from; i < lo; ++i) out[i] = A(0);
     if (hi > lo) {
-      const int64_t base =
-          win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.channels + group * cg;
+      const int64_t base = win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.channels + channel;
       widen_copy(x + base + lo, out + lo, hi - lo);
     }
-    std::fill(out + hi, out + to, A(0));
+    for (int64_t i = hi; i < to; ++i) out[i] = A(0);
     at += to - from;
+    from = 0;
+    if (++kw == runs_a_line) {
+      kw = 0;
+      if (++kh == g.kernel[1]) {
+        kh = 0;
+        ++kd;
+      }
+    }
   }
 }
 
@@ -164,9 +173,14 @@ RF_INLINE inline void pack_weights(const Geometry& g, const T* weight, bool chan
   }
 }
 
-// sums[MR][NV * lanes] (+)= panel[MR][depth] * packed[depth][NV * lanes]
+// The columns of a panel that one product reads: `count` segments of `length`, `stride` apart.
+struct Segments {
+  int64_t count, length, stride;
+};
+
+// sums[MR][NV * lanes] (+)= panel[MR][segments] * packed[segments][NV * lanes]
 template <typename A, int kBytes, int MR, int NV>
-RF_INLINE inline void multiply(const A* panel, const A* packed, int64_t depth, A* sums,
+RF_INLINE inline void multiply(const A* panel, const A* packed, Segments seg, A* sums,
                                int64_t sums_stride, bool accumulate) {
   typedef A Vec __attribute__((vector_size(kBytes)));
   constexpr int kLanes = kBytes / int(sizeof(A));
@@ -180,16 +194,18 @@ RF_INLINE inline void multiply(const A* panel, const A* packed, int64_t depth, A
       }
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec b[NV];
-    for (int v = 0; v < NV; ++v) {
-      std::memcpy(&b[v], packed + (k * NV + v) * kLanes, kBytes);
-    }
+  for (int64_t segment = 0; segment < seg.count; ++segment) {
+    for (int64_t k = 0; k < seg.length; ++k) {
+      Vec b[NV];
+      for (int v = 0; v < NV; ++v) std::memcpy(&b[v], packed + v * kLanes, kBytes);
+      packed += NV * kLanes;
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const A a = panel[i * kPanelStride + k];
-      for (int v = 0; v < NV; ++v) acc[i][v] += a * b[v];
+      for (int i = 0; i < MR; ++i) {
+        const A a = panel[i * kPanelStride + k];
+        for (int v = 0; v < NV; ++v) acc[i][v] += a * b[v];
+      }
     }
+    panel += seg.stride;
   }
   for (int i = 0; i < MR; ++i) {
     for (int v = 0; v < NV; ++v) {
@@ -231,17 +247,32 @@ struct Operands {
   Act act;
 };
 
+// How the work is cut: groups in bundles, the filters of a group in strips, the pixels in chunks.
+// Small groups share a gather; a bundle's taps and channels then fit one panel row.
+struct Cut {
+  int64_t nr, bundle, bundles, strips, chunks;
+
+  Cut(const Geometry& g, int64_t lanes) {
+    const int64_t kg = g.group_filters();
+    nr = kg > lanes ? 2 * lanes : lanes;
+    const int64_t padded = (kg + nr - 1) / nr * nr;
+    strips = (kg + kStrip - 1) / kStrip;
+    bundle = std::max<int64_t>(
+        1, std::min({g.groups, kStrip / padded, kBundlePanel / g.depth()}));
+    bundles = (g.groups + bundle - 1) / bundle;
+    chunks = (g.pixels() + kChunk - 1) / kChunk;
+  }
+};
+
 template <typename T, Isa I>
-RF_INLINE inline void conv_tasks(const Geometry& g, const Operands<T>& o, int64_t begin,
-                                 int64_t end) {
+RF_INLINE inline void conv_tasks(const Geometry& g, const Operands<T>& o, const Cut& cut,
+                                 int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   using Regs = Tile<I>;
-  constexpr int kLanes = Regs::kBytes / int(sizeof(A));
   constexpr int MR = Regs::kRows, kShort = Regs::kShortRows;
-  const int64_t kg = g.group_filters(), depth = g.depth(), pixels = g.pixels();
-  const int64_t nv = kg > kLanes ? 2 : 1, nr = nv * kLanes;
-  const int64_t strips = (kg + kStrip - 1) / kStrip;
-  const int64_t chunks = (pixels + kChunk - 1) / kChunk;
+  const int64_t cg = g.group_channels(), kg = g.group_filters(), nr = cut.nr;
+  const int64_t depth = g.depth(), pixels = g.pixels();
+  const bool paired = nr * int64_t(sizeof(A)) > Regs::kBytes;
 
   thread_local Scratch panel_memory, sums_memory, packed_memory;
   A* panel = panel_memory.get<A>(kPixelRows * kPanelStride);
@@ -249,70 +280,79 @@ RF_INLINE inline void conv_tasks(const Geometry& g, const Operands<T>& o, int64_
   A* packed = packed_memory.get<A>(depth * kStrip);
   Window windows[kChunk];
 
-  int64_t packed_strip = -1;
+  int64_t packed_for = -1;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task % chunks;
-    const int64_t strip = task / chunks % strips;
-    const int64_t group = task / (chunks * strips);
+    const int64_t chunk = task % cut.chunks;
+    const int64_t strip = task / cut.chunks % cut.strips;
+    const int64_t group = task / (cut.chunks * cut.strips) * cut.bundle;
+    const int64_t bundled = std::min(cut.bundle, g.groups - group);
+    const int64_t width = bundled * cg;
     const int64_t k0 = strip * kStrip;  // within the group
     const int64_t columns = std::min(kStrip, kg - k0);
-    const int64_t blocks = (columns + nr - 1) / nr;
-    if (packed_strip != task / chunks) {
-      packed_strip = task / chunks;
+    const int64_t blocks_a_group = (columns + nr - 1) / nr;
+    const int64_t blocks = bundled * blocks_a_group;
+    if (packed_for != task / cut.chunks) {
+      packed_for = task / cut.chunks;
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = group * kg + k0 + b * nr;
+        const int64_t j = b % blocks_a_group * nr;
+        const int64_t first = (group + b / blocks_a_group) * kg + k0 + j;
         pack_weights(g, o.weight + first * depth, o.weight_channels_last,
-                     std::min(nr, columns - b * nr), nr, packed + b * nr * depth);
+                     std::min(nr, columns - j), nr, packed + b * nr * depth);
       }
     }
     const int64_t pixel = chunk * kChunk;
     const int64_t rows = std::min(kChunk, pixels - pixel);
     for (int64_t i = 0; i < rows; ++i) windows[i] = window_of(g, pixel + i);
 
-    for (int64_t d0 = 0; d0 < depth; d0 += kPanel) {
-      const int64_t d1 = std::min(depth, d0 + kPanel);
+    const int64_t panel_columns = bundled > 1 ? g.taps() * width : kPanel;
+    for (int64_t d0 = 0; d0 < g.taps() * width; d0 += panel_columns) {
+      const int64_t d1 = std::min(g.taps() * width, d0 + panel_columns);
       for (int64_t i = 0; i < rows; ++i) {
-        gather_row(g, o.x, windows[i], group, d0, d1, panel + i * kPanelStride);
+        gather_row(g, o.x, windows[i], group * cg, width, d0, d1, panel + i * kPanelStride);
       }
+      const Segments seg = bundled > 1 ? Segments{g.taps(), cg, width} : Segments{1, d1 - d0, 0};
+      const bool more = d0 > 0;
       for (int64_t b = 0; b < blocks; ++b) {
         const A* weights = packed + b * nr * depth + d0 * nr;
         for (int64_t i = 0; i < rows;) {
-          const A* a = panel + i * kPanelStride;
+          const A* a = panel + i * kPanelStride + b / blocks_a_group * cg;
           A* s = sums + i * kStrip + b * nr;
-          const bool more = d0 > 0;
-          if (rows - i > kShort) {
-            if (nv == 2) {
-              multiply<A, Regs::kBytes, MR, 2>(a, weights, d1 - d0, s, kStrip, more);
-            } else {
-              multiply<A, Regs::kBytes, MR, 1>(a, weights, d1 - d0, s, kStrip, more);
-            }
-            i += MR;
+          const bool full = rows - i > kShort;
+          if (full && paired) {
+            multiply<A, Regs::kBytes, MR, 2>(a, weights, seg, s, kStrip, more);
+          } else if (full) {
+            multiply<A, Regs::kBytes, MR, 1>(a, weights, seg, s, kStrip, more);
+          } else if (paired) {
+            multiply<A, Regs::kBytes, kShort, 2>(a, weights, seg, s, kStrip, more);
           } else {
-            if (nv == 2) {
-              multiply<A, Regs::kBytes, kShort, 2>(a, weights, d1 - d0, s, kStrip, more);
-            } else {
-              multiply<A, Regs::kBytes, kShort, 1>(a, weights, d1 - d0, s, kStrip, more);
-            }
-            i += kShort;
+            multiply<A, Regs::kBytes, kShort, 1>(a, weights, seg, s, kStrip, more);
           }
+          i += full ? MR : kShort;
         }
       }
     }
-    const int64_t channel = group * kg + k0;
-    const int64_t first = pixel * g.filters + channel;
     with_act(o.act, [&](auto tag) RF_INLINE {
-      finish(tag, rows, columns, sums, kStrip, o.scale + channel, o.shift + channel,
-             o.residual ? o.residual + first : nullptr, o.y + first, g.filters);
+      for (int64_t b = 0; b < bundled; ++b) {
+        const int64_t channel = (group + b) * kg + k0;
+        const int64_t first = pixel * g.filters + channel;
+        finish(tag, rows, columns, sums + b * blocks_a_group * nr, kStrip, o.scale + channel,
+               o.shift + channel, o.residual ? o.residual + first : nullptr, o.y + first,
+               g.filters);
+      }
     });
   }
 }
 
 template <typename T>
 void conv(const Geometry& g, const Operands<T>& o) {
-  const int64_t strips = (g.group_filters() + kStrip - 1) / kStrip;
-  const int64_t chunks = (g.pixels() + kChunk - 1) / kChunk;
-  parallel_for(0, g.groups * strips * chunks, 1, [&](int64_t begin, int64_t end) {
-    run_on_isa([&](auto isa) RF_INLINE { conv_tasks<T, decltype(isa)::value>(g, o, begin, end); });
+  run_on_isa([&](auto isa) {
+    constexpr Isa kIsa = decltype(isa)::value;
+    const Cut cut(g, Tile<kIsa>::kBytes / int64_t(sizeof(Accumulator<T>)));
+    parallel_for(0, cut.bundles * cut.strips * cut.chunks, 1, [&](int64_t begin, int64_t end) {
+      run_on_isa([&](auto same) RF_INLINE {
+        if constexpr (decltype(same)::value == kIsa) conv_tasks<T, kIsa>(g, o, cut, begin, end);
+      });
+    });
   });
 }
 

@@ -30,8 +30,8 @@ Tensor add_act_cuda(const Tensor& x, const Tensor& residual, std::string act) {
       using Index = typename decltype(index)::type;
       constexpr auto kKernel = add_act_kernel<T, kWidth, Index>;
       const int64_t blocks = grid_for(numel / kWidth, resident_blocks<kKernel>(x));
-      kKernel<<<grid_dim(blocks), kThreads, 0, stream>>>(
-          x_data, residual_data, y_data, static_cast<Index>(numel), code);
+      kKernel<<<grid_dim(blocks), kThreads, 0, stream>>>(x_data, residual_data, y_data,
+                                                         static_cast<Index>(numel), code);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });

@@ -71,11 +71,13 @@ __global__ void __launch_bounds__(kThreads)
     const auto b = load_vector<LANES>(residual + vector * LANES);
     Accumulator<T> slope[LANES];
 #pragma unroll
-    for (int j = 0; j < LANES; ++j) slope[j] = to_accumulator(a.lane[j]) + to_accumulator(b.lane[j]);
+    for (int j = 0; j < LANES; ++j)
+      slope[j] = to_accumulator(a.lane[j]) + to_accumulator(b.lane[j]);
     differentiate_lanes(act, slope);
     Vector<T, LANES> out;
 #pragma unroll
-    for (int j = 0; j < LANES; ++j) out.lane[j] = to_storage<T>(chain(to_accumulator(g.lane[j]), slope[j]));
+    for (int j = 0; j < LANES; ++j)
+      out.lane[j] = to_storage<T>(chain(to_accumulator(g.lane[j]), slope[j]));
     store_vector(grad + vector * LANES, out);
   }
   const Index done = vectors * LANES;

@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     bn_act_channels_last_kernel(const T* __restrict__ x, const T* __restrict__ residual,
                                 const Accumulator<T>* __restrict__ scale,
                                 const Accumulator<T>* __restrict__ shift, T* __restrict__ y,
-                                Index numel, Index channels, bool vector_parameters,
-                                Act act) {
+                                Index numel, Index channels, bool vector_parameters, Act act) {
   using C = Accumulator<T>;
   constexpr int kPart = LANES < kLanes<C> ? LANES : kLanes<C>;
   const Index vectors = numel / LANES;

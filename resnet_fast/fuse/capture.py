@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import random
 import sys
 from collections import OrderedDict
@@ -48,7 +49,7 @@ def is_plain_conv(module: nn.Module) -> bool:
     return (
         known is not None
         and isinstance(module, known[0])
-        and kind._conv_forward is known[1]
+        and getattr(kind, "_conv_forward", None) is known[1]
         and isinstance(module._parameters.get("weight"), nn.Parameter)
         and "bias" in module._parameters
     )
@@ -232,12 +233,37 @@ class Capture:
     failures: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that keeps ``a += b`` apart from ``a = a + b``: others may hold ``a`` too."""
+
+
+def _record_inplace(name: str) -> None:
+    function = getattr(operator, name)
+
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    setattr(_Proxy, f"__{name}__", method)
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"):
+    _record_inplace(_name)
+for _name in ("iand", "ior", "ixor", "ilshift", "irshift"):
+    _record_inplace(_name)
+
+
 class _Tracer(fx.Tracer):
+    # A buffer that forward writes to is written at each call, and not while tracing.
+    proxy_buffer_attributes = True
+
     def __init__(self) -> None:
         super().__init__()
         self.through: list[str] = []
         self.opaque: list[str] = []
         self.signature: Signature | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, torch.jit.ScriptModule) or is_plain_conv(m) or is_batch_norm(m):
@@ -268,7 +294,7 @@ class _Tracer(fx.Tracer):
                 continue  # the graph holds where nothing is passed
             if parameter.default is parameter.empty:
                 dynamic.append(parameter.name)
-                value = self.create_proxy("placeholder", parameter.name, (), {})
+                value: Any = self.create_proxy("placeholder", parameter.name, (), {})
             elif isinstance(parameter.default, _CONSTANTS):
                 static[parameter.name] = value = parameter.default
             else:
@@ -321,9 +347,7 @@ def untouched_rng() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
     """Set ``training`` below ``module`` without calling ``train()``, which a class may override."""
-    flags = [
-        (m, m.training) for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)
-    ]
+    flags = [(m, m.training) for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
     for m, _ in flags:
         m.training = training
     try:

@@ -128,8 +128,8 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_row(path, conv, "NOT_ACCELERATED"))
         elif report.reason != "FUSED":
             rows.append(_row(path, conv, report.reason, report.detail))
-        elif refusals.get(path) is not None:
-            rows.append(_row(path, conv, refusals[path]))
+        elif (refusal := refusals.get(path)) is not None:
+            rows.append(_row(path, conv, refusal))
         else:
             rows += _site_rows(path, conv, report.note)
     carried = {id(site) for conv in conv_paths(model).values() for site in conv.children()}
@@ -169,7 +169,8 @@ def _refusals(model: nn.Module, units: list[str]) -> dict[str, str | None]:
 
 
 def _site_rows(path: str, conv: nn.Module, note: str) -> list[dict[str, Any]]:
-    rows = [row for site in conv.children() if is_site(site) for row in site.rows()]
+    sites: list[Any] = list(conv.children())
+    rows = [row for site in sites if is_site(site) for row in site.rows()]
     if not rows:
         return [_row(path, conv, "REPLACED")]
     ran = [row for row in rows if row["reason"] != "NOT_RUN"] or rows[:1]
@@ -198,8 +199,8 @@ def _row(path: str, conv: nn.Module, reason: str, detail: str = "") -> dict[str,
 
 
 def _complete(row: dict[str, Any]) -> dict[str, Any]:
-    full = dict.fromkeys(_FIELDS) | row
-    full["meaning"] = full["meaning"] or PLAN_REASONS.get(full["reason"], "")
+    full: dict[str, Any] = dict.fromkeys(_FIELDS) | row
+    full["meaning"] = full["meaning"] or PLAN_REASONS.get(str(full["reason"]), "")
     return full | {"fused": full["candidate"] not in (None, "aten") or full["reason"] == "TRAINING"}
 
 

@@ -79,6 +79,34 @@ _ACT_FUNCTIONS: dict[Any, str] = {
 }
 _ACT_METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid"}
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_INPLACE_OPERATORS = (
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.imatmul,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+    operator.ilshift,
+    operator.irshift,
+    operator.setitem,
+)
+_FRESH_FUNCTIONS: tuple[Any, ...] = (
+    operator.add,
+    operator.mul,
+    operator.sub,
+    operator.truediv,
+    torch.add,
+    torch.cat,
+    torch.mul,
+    torch.relu,
+    torch.sigmoid,
+    F.conv2d,
+)
 _ADD_METHODS = ("add", "add_", "__add__", "__iadd__")
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -101,7 +129,7 @@ def module_activation(module: nn.Module | None) -> str | None:
     return act
 
 
-def norm_refusal(bn: nn.Module, channels: int) -> str | None:
+def norm_refusal(bn: Any, channels: int) -> str | None:
     """The reason code that keeps ``bn`` from being part of a site, or None."""
     if is_hooked(bn):
         return "HOOKED"
@@ -228,7 +256,8 @@ class Matcher:
         return node.op == "call_module" and is_conv(self.modules[node])
 
     def _start(self, match: Match) -> str | None:
-        node, conv = match.conv, self.modules[match.conv]
+        node = match.conv
+        conv: Any = self.modules[node]
         if is_hooked(conv):
             return "HOOKED"
         if not is_plain_conv(conv):
@@ -344,9 +373,7 @@ class Matcher:
                 module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
             )
         if node.op == "call_function":
-            fresh = (operator.add, operator.mul, operator.sub, operator.truediv, torch.add)
-            fresh = (*fresh, torch.cat, torch.mul, torch.relu, torch.sigmoid, F.conv2d)
-            return node.target in fresh or (
+            return node.target in _FRESH_FUNCTIONS or (
                 node.target in _ACT_FUNCTIONS and not self._written(node)
             )
         return False
@@ -358,8 +385,10 @@ class Matcher:
             return [] if _is_pure(self.modules[node]) else inputs
         if node.op == "call_method":
             name = str(node.target)
-            return inputs if name.endswith("_") and not name.endswith("__") else (
-                inputs if name.startswith("__i") or name == "__setitem__" else []
+            return (
+                inputs
+                if name.endswith("_") and not name.endswith("__")
+                else (inputs if name.startswith("__i") or name == "__setitem__" else [])
             )
         if node.op != "call_function":
             return []
@@ -371,7 +400,7 @@ class Matcher:
         )
         if not known or "out" in node.kwargs or node.kwargs.get("inplace") or name == "setitem":
             return inputs
-        if name.endswith("_") or (home in ("_operator", "operator") and _is_inplace_operator(name)):
+        if is_inplace_function(target):
             return inputs
         if any(arg is True for arg in node.args) and _takes_inplace(target):
             return inputs
@@ -395,15 +424,10 @@ def _takes_inplace(target: Callable[..., Any]) -> bool:
         return True
 
 
-def _is_inplace_operator(name: str) -> bool:
-    return name.startswith("i") and hasattr(operator, f"__{name}__") and name not in (
-        "index",
-        "inv",
-        "invert",
-        "indexOf",
-        "is_",
-        "is_not",
-    )
+def is_inplace_function(target: Any) -> bool:
+    """Whether ``target`` writes to its first argument by its very name."""
+    name = getattr(target, "__name__", "")
+    return (name.endswith("_") and not name.startswith("_")) or target in _INPLACE_OPERATORS
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -26,7 +26,7 @@ from resnet_fast.fuse.capture import (
     has_global_hooks,
     is_hooked,
 )
-from resnet_fast.fuse.match import Match, module_activation, norm_refusal
+from resnet_fast.fuse.match import Match, is_inplace_function, module_activation, norm_refusal
 from resnet_fast.ops import activation
 
 # Calls whose result does not depend on how their input lies in memory: everything else is handed
@@ -191,9 +191,7 @@ class Program:
         parent, _, name = str(node.target).rpartition(".")
         return Leaf(self._container(root, parent), name)
 
-    def _lower(
-        self, root: nn.Module, graph: fx.Graph, matches: list[Match], child: str
-    ) -> None:
+    def _lower(self, root: nn.Module, graph: fx.Graph, matches: list[Match], child: str) -> None:
         by_place = {match.place: match for match in matches}
         inside = {node for match in matches for node in match.nodes}
         slot: dict[fx.Node, int] = {}
@@ -207,9 +205,11 @@ class Program:
             if isinstance(arg, tuple) and hasattr(arg, "_fields"):
                 return type(arg)(*(load(item) for item in arg))
             if isinstance(arg, (tuple, list)):
-                return type(arg)(load(item) for item in arg) if type(arg) is tuple else [
-                    load(item) for item in arg
-                ]
+                return (
+                    type(arg)(load(item) for item in arg)
+                    if type(arg) is tuple
+                    else [load(item) for item in arg]
+                )
             if isinstance(arg, dict):
                 return {key: load(item) for key, item in arg.items()}
             if isinstance(arg, slice):
@@ -282,9 +282,9 @@ class Program:
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """The placeholders' values, or None where the graph does not hold for this call."""
         signature = self.signature
-        if not kwargs and len(args) == len(signature.dynamic) <= len(signature.positional):
-            if signature.positional[: len(args)] == signature.dynamic:
-                return list(args)
+        count = len(signature.dynamic)
+        if not kwargs and len(args) == count and signature.positional[:count] == signature.dynamic:
+            return list(args)
         if len(args) > len(signature.positional):
             return None
         values = dict(zip(signature.positional, args, strict=False))
@@ -332,9 +332,7 @@ class Program:
         modules, refusal = self._enter(root)
         if refusal is not None:
             return False, None
-        contiguous = all(
-            value.is_contiguous() for value in inputs if isinstance(value, Tensor)
-        )
+        contiguous = all(value.is_contiguous() for value in inputs if isinstance(value, Tensor))
         slots: list[Any] = [*inputs, *([None] * (self.size - len(inputs)))]
         for kind, out, target, args, kwargs, free in self.steps:
             if kind == "site":
@@ -366,9 +364,7 @@ class Program:
                 slots[index] = None
         return True, slots[self.result]
 
-    def _site(
-        self, target: SiteTarget, modules: list[nn.Module], x: Any, residual: Any
-    ) -> Any:
+    def _site(self, target: SiteTarget, modules: list[nn.Module], x: Any, residual: Any) -> Any:
         conv = _lookup(modules, target.conv)
         bn = _lookup(modules, target.bn)
         act = _lookup(modules, target.act_module)
@@ -399,9 +395,10 @@ def planned_layout(x: Tensor) -> Tensor:
 
 def _is_layout_free(kind: str, node: fx.Node, root: nn.Module) -> bool:
     if kind == "function":
-        return node.target in _LAYOUT_FREE_FUNCTIONS
+        return node.target in _LAYOUT_FREE_FUNCTIONS or is_inplace_function(node.target)
     if kind == "method":
-        return node.target in _LAYOUT_FREE_METHODS
+        # What is written in place must be the value itself, never a copy in another layout.
+        return node.target in _LAYOUT_FREE_METHODS or str(node.target).endswith("_")
     if kind != "module":
         return False
     module = root.get_submodule(str(node.target))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import inspect
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -124,9 +125,14 @@ class Accelerated(nn.Module):
         return new
 
 
-@functools.cache
+_classes: weakref.WeakKeyDictionary[type, type[Accelerated]] = weakref.WeakKeyDictionary()
+
+
 def accelerated_class(base: type[nn.Module]) -> type[Accelerated]:
     """The subclass of ``base`` that runs programs; one for each ``base``."""
+    known = _classes.get(base)
+    if known is not None:
+        return known
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._run_program(args, kwargs)
@@ -139,7 +145,9 @@ def accelerated_class(base: type[nn.Module]) -> type[Accelerated]:
         "__module__": __name__,
         "__doc__": base.__doc__,
     }
-    return type(f"Accelerated{base.__name__}", (Accelerated, base), members)
+    return _classes.setdefault(
+        base, type(f"Accelerated{base.__name__}", (Accelerated, base), members)
+    )
 
 
 def _blank(base: type[nn.Module]) -> Accelerated:
@@ -212,7 +220,7 @@ def accelerate(
     captured = capture(root)
     rejected: dict[str, str] = {}
     without_add: dict[str, str] = {}
-    with use(plan) if plan is not None else _nothing():
+    with use(plan) if plan is not None else contextlib.nullcontext():
         while True:
             state = _build(root, captured, rejected, without_add)
             if example_inputs is None or not verify or not state.units:
@@ -223,17 +231,18 @@ def accelerate(
                 for program in root.get_submodule(path).__dict__[STATE].programs.values()
             ]
             outcome = compare(origin, root, programs, example_inputs)
-            new = outcome.without_add.keys() - without_add.keys()
-            if outcome.model:
-                rejected |= {path: outcome.model for path in state.reports}
-            rejected |= outcome.rejected
-            if not (outcome.model or outcome.rejected or new):
+            if not (outcome.model or outcome.rejected or outcome.without_add):
                 break
+            rejected |= outcome.rejected
             without_add |= outcome.without_add
             _strip(root)
             if outcome.model:
-                captured = Capture(failures=captured.failures)
-                state = _build(root, captured, rejected, without_add)
+                fused = [path for path, r in state.reports.items() if r.reason == "FUSED"]
+                reports = state.reports | {
+                    path: Report("VERIFY_FAILED", outcome.model) for path in fused
+                }
+                state = _build(root, Capture(failures=captured.failures), {}, {})
+                state.reports = reports
                 break
     state.origin, state.pairs = origin, pairs
     if strict and not any(r.reason in ("FUSED", "ALREADY_FUSED") for r in state.reports.values()):
@@ -273,12 +282,6 @@ def _original(model: nn.Module) -> nn.Module:
         if theirs != ours or len(tensors) != len(new._parameters) + len(new._buffers):
             return model
     return state.origin
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def _strip(root: nn.Module) -> None:

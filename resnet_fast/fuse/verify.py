@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,8 +71,10 @@ def compare(
             )
         return plain
 
-    with untouched_rng(), torch.no_grad(), _kept_buffers(original), mode(original, False):
-        with mode(accelerated, False):
+    with contextlib.ExitStack() as stack:
+        for context in (untouched_rng(), torch.no_grad(), _kept_buffers(original)):
+            stack.enter_context(context)
+        with mode(original, False), mode(accelerated, False):
             state = torch.get_rng_state()
             try:
                 expected = _run(original, example_inputs)
@@ -96,9 +99,7 @@ def compare(
     return outcome
 
 
-def _judge(
-    target: SiteTarget, conv: Any, bn: Any, x: Tensor, residual: Tensor | None
-) -> Verdict:
+def _judge(target: SiteTarget, conv: Any, bn: Any, x: Tensor, residual: Tensor | None) -> Verdict:
     fused = run_site(target, conv, bn, None, x, residual)
     conv64 = copy.deepcopy(conv).double()
     bn64 = None if bn is None else copy.deepcopy(bn).double()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast import _library, ops
+from resnet_fast.errors import ArgumentError
 from resnet_fast.ops import activation
 from resnet_fast.ops.activation import ACTIVATIONS
-from resnet_fast.errors import ArgumentError
 from resnet_fast.plan import binding as _binding
 from resnet_fast.plan.candidate import CANDIDATES, ConvArgs
 from resnet_fast.plan.reasons import REASONS
@@ -40,7 +40,7 @@ def _is_frozen_norm(norm: nn.Module) -> bool:
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops")
 
 
-def unfused(conv: nn.Module, x: Tensor) -> Tensor:
+def unfused(conv: Any, x: Tensor) -> Tensor:
     """Call ``conv`` as the plain convolution it is, also where it leads into a site itself."""
     if getattr(conv, "leads_into_site", False):
         return conv._conv_forward(x, conv.weight, conv.bias)
@@ -121,7 +121,7 @@ class FusedSite(nn.Module):
     # What the fused calls do not cover.
 
     def _why_not(self, x: Tensor, conv: Any, bn: Any) -> str | None:
-        if type(conv)._conv_forward not in _PLAIN_CONV if hasattr(conv, "_conv_forward") else True:
+        if getattr(type(conv), "_conv_forward", None) not in _PLAIN_CONV:
             return "UNKNOWN_CONV"
         if bn is None or _is_frozen_norm(bn):
             return None
@@ -177,9 +177,7 @@ class FusedSite(nn.Module):
                 return "DTYPE_MIX"
         return None
 
-    def _plain(
-        self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None, reason: str
-    ) -> Tensor:
+    def _plain(self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None, reason: str) -> Tensor:
         if not torch.compiler.is_compiling():
             self._framework[reason] = (tuple(x.shape), tuple(conv.weight.shape), x.dtype)
         y = unfused(conv, x)
@@ -223,10 +221,9 @@ class FusedSite(nn.Module):
             variance = rstd.pow(-2).sub_(bn.eps).clamp_(min=0).mul_(count / (count - 1))
             if bn.num_batches_tracked is not None:
                 bn.num_batches_tracked.add_(1)
-            if bn.momentum is None:
+            momentum = bn.momentum
+            if momentum is None:  # the cumulative average
                 momentum = 1.0 / float(bn.num_batches_tracked)
-            else:
-                momentum = bn.momentum
             bn.running_mean.mul_(1 - momentum).add_(mean.to(bn.running_mean.dtype), alpha=momentum)
             bn.running_var.mul_(1 - momentum).add_(
                 variance.to(bn.running_var.dtype), alpha=momentum
@@ -275,8 +272,12 @@ class FusedSite(nn.Module):
     def _bind(
         self, key: Any, x: Tensor, args: ConvArgs, residual: Tensor | None
     ) -> tuple[_binding.Binding, Site]:
-        channels_last = x.dim() > 3 and not x.is_contiguous() and x.is_contiguous(
-            memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        channels_last = (
+            x.dim() > 3
+            and not x.is_contiguous()
+            and x.is_contiguous(
+                memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            )
         )
         site = Site(
             op="conv_bn_act",

@@ -1,4 +1,4 @@
-"""Checks and layouts that the ops share. Guards look at shapes, dtypes and devices, never at data."""
+"""Checks and layouts that the ops share: of shapes, dtypes and devices, never of data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def tensor(argument: str, value: object) -> None:
         raise ArgumentError(argument, "a strided tensor", str(value.layout))
 
 
-def activations(argument: str, x: Tensor, ranks: Sequence[int] | None = None, least: int = 0) -> None:
+def activations(
+    argument: str, x: Tensor, ranks: Sequence[int] | None = None, least: int = 0
+) -> None:
     """``x`` must be a strided tensor of a supported dtype and rank."""
     tensor(argument, x)
     if x.dtype not in DTYPES:
@@ -66,7 +68,9 @@ def like(argument: str, value: Tensor, x: Tensor, dtype: torch.dtype | None = No
     tensor(argument, value)
     wanted = x.dtype if dtype is None else dtype
     if value.dtype != wanted:
-        raise DTypeError(argument, f"{_name(wanted)} beside x of {_name(x.dtype)}", _name(value.dtype))
+        raise DTypeError(
+            argument, f"{_name(wanted)} beside x of {_name(x.dtype)}", _name(value.dtype)
+        )
     if value.device != x.device:
         raise ArgumentError(argument, f"a tensor on {x.device}, as x", f"one on {value.device}")
 
@@ -115,7 +119,7 @@ def channels_last(x: Tensor) -> torch.memory_format | None:
 
 
 def empty_output(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """What the launchers allocate: the dtype and device of ``x``, channels-last if it is, else contiguous."""
+    """What the launchers allocate: channels-last if ``x`` is, else contiguous."""
     memory_format = channels_last(x) or torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 

@@ -1,4 +1,4 @@
-"""Derived tensors (folded scale and shift, packed weights) kept beside the parameters they come from.
+"""Tensors derived from parameters (folded scale and shift, packed weights), kept and kept fresh.
 
 Parameters are the only truth. An entry is used only while every source tensor is the same memory
 at the same version, and on the CPU while a content fingerprint still agrees, which catches edits

@@ -95,5 +95,5 @@ def grad(act: str, grad_y: Tensor, z: Tensor) -> Tensor:
 
 
 def grad_from_output(act: str, grad_y: Tensor, y: Tensor) -> Tensor:
-    """The gradient of ``z`` where ``y = act(z)``, from ``y``; ``act`` must be in ``FROM_OUTPUT``."""
+    """The gradient of ``z`` where ``y = act(z)``, from ``y``, for ``act`` in ``FROM_OUTPUT``."""
     return _FROM_VALUE[act](grad_y, y)

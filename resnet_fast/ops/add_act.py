@@ -47,7 +47,7 @@ def add_act(x: Tensor, residual: Tensor, act: str = "none") -> Tensor:
 
 
 def reference(x: Tensor, residual: Tensor, act: str = "none") -> Tensor:
-    """:func:`add_act` in plain PyTorch: one framework op after another, each rounding to ``x.dtype``."""
+    """:func:`add_act` in plain PyTorch: one op after another, each rounding to ``x.dtype``."""
     return activation.value(act, x + residual)
 
 

@@ -70,7 +70,7 @@ def reference(
     residual: Tensor | None = None,
     act: str = "none",
 ) -> Tensor:
-    """:func:`bn_act` in plain PyTorch: one framework op after another, each rounding to ``x.dtype``."""
+    """:func:`bn_act` in plain PyTorch: one op after another, each rounding to ``x.dtype``."""
     z = _checks.affine(x, scale, shift).to(x.dtype)
     if residual is not None:
         z = z + residual

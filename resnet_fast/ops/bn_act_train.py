@@ -1,4 +1,4 @@
-"""``bn_act_train``: training batch normalisation, residual add and activation, with its backward op."""
+"""``bn_act_train``: training batch norm, residual add and activation, with its backward op."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def reference(
     eps: float = 1e-5,
     act: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`bn_act_train` in plain PyTorch: one framework op after another, each rounding to ``x.dtype``."""
+    """:func:`bn_act_train` in plain PyTorch: one op after another, each rounding to ``x.dtype``."""
     z = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     if residual is not None:
         z = z + residual

@@ -67,7 +67,7 @@ def check(
         if extent > padded:
             raise ArgumentError(
                 "weight",
-                f"a dilated kernel of at most {padded}, the padded input, in spatial dimension {dim}",
+                f"a dilated kernel within the padded input, {padded}, in spatial dimension {dim}",
                 f"{extent}",
             )
         shape.append((padded - extent) // stride[dim] + 1)
@@ -95,10 +95,10 @@ def conv_bn_act(
     ``y = act(conv(x, weight) · scale + shift + residual)``
 
     With ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean · scale`` this is a residual
-    unit's convolution with batch normalisation in inference (He et al. 2015, "Deep Residual Learning
-    for Image Recognition", eq. 1; Ioffe and Szegedy 2015, "Batch Normalization", algorithm 2). The
-    weight stays unfolded: sums, scale, shift and residual are fp32 (fp64 for fp64) and the result
-    is rounded once.
+    unit's convolution with batch normalisation in inference (He et al. 2015, "Deep Residual
+    Learning for Image Recognition", eq. 1; Ioffe and Szegedy 2015, "Batch Normalization",
+    algorithm 2). The weight stays unfolded: sums, scale, shift and residual are fp32 (fp64 for
+    fp64) and the result is rounded once.
 
     Args:
         x: [N, C, H...], one to three spatial dimensions; fp32, fp16, bf16 or fp64. N may be 0.
@@ -113,17 +113,15 @@ def conv_bn_act(
     Returns:
         [N, K, P...] with ``P = (H + 2·padding - dilation·(R - 1) - 1) // stride + 1``, the dtype of
         ``x``, channels-last if ``x`` is, else contiguous. Gradients flow to the five tensors, each
-        in its own dtype, per-channel sums in fp32; activations whose derivative does not follow from
-        ``y`` (silu, hardswish, gelu) and the gradient of ``scale`` repeat the convolution.
+        in its own dtype, per-channel sums in fp32; activations whose derivative does not follow
+        from ``y`` (silu, hardswish, gelu) and the gradient of ``scale`` repeat the convolution.
 
     Raises:
         ArgumentError: a rank, size, value or device that does not fit; it names the argument.
         DTypeError: an unsupported dtype, or dtypes that do not go together.
         LibraryError: the native library is not loaded.
     """
-    geometry = check(
-        x, weight, scale, shift, residual, stride, padding, dilation, groups, act
-    )
+    geometry = check(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
     if not _REGISTERED:
         _checks.require_op("conv_bn_act")
     return torch.ops.resnet_fast.conv_bn_act.default(
@@ -152,7 +150,7 @@ def reference(
     groups: int = 1,
     act: str = "none",
 ) -> Tensor:
-    """:func:`conv_bn_act` in plain PyTorch: one framework op after another, each rounding to ``x.dtype``."""
+    """:func:`conv_bn_act` in plain PyTorch: one op after another, each rounding to ``x.dtype``."""
     conv = {
         3: torch.nn.functional.conv1d,
         4: torch.nn.functional.conv2d,

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fast.ops._pack import cached, fold
 from resnet_fast.ops import activation
+from resnet_fast.ops._pack import cached, fold
 
 # torch's names for the post-ops that follow a convolution: (attribute, scalars, algorithm).
 _UNARY: dict[str, tuple[str, list[float], str]] = {

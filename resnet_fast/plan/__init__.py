@@ -6,9 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from resnet_fast.plan.candidate import CANDIDATES, Candidate, ConvArgs, default_order
-from resnet_fast.plan.plan import Entry, Plan, load_plan, parse, save_plan
-from resnet_fast.plan.reasons import REASONS
 from resnet_fast.plan.binding import (
     Binding,
     active_plan,
@@ -17,6 +14,9 @@ from resnet_fast.plan.binding import (
     tune,
     use,
 )
+from resnet_fast.plan.candidate import CANDIDATES, Candidate, ConvArgs, default_order
+from resnet_fast.plan.plan import Entry, Plan, load_plan, parse, save_plan
+from resnet_fast.plan.reasons import REASONS
 from resnet_fast.plan.site import Site, device_name
 from resnet_fast.plan.verify import verify
 

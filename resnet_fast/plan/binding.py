@@ -73,9 +73,7 @@ def verified(site: Site, candidate: Candidate, device: torch.device) -> tuple[bo
     kept = cache.get(site.key, candidate.name)
     if kept is None:
         verdict = verify(site, candidate, device)
-        cache.put(
-            site.key, candidate.name, ok=verdict.ok, error=verdict.error, limit=verdict.limit
-        )
+        cache.put(site.key, candidate.name, ok=verdict.ok, error=verdict.error, limit=verdict.limit)
         return verdict.ok, verdict.error, verdict.limit
     return kept["ok"], kept["error"], kept["limit"]
 
@@ -122,9 +120,7 @@ def tuning() -> Plan | None:
     return getattr(_state, "tuning", None)
 
 
-def tune_site(
-    plan: Plan, site: Site, x: Tensor, args: ConvArgs, residual: Tensor | None
-) -> None:
+def tune_site(plan: Plan, site: Site, x: Tensor, args: ConvArgs, residual: Tensor | None) -> None:
     """Measure every candidate that accepts ``site`` and holds, and enter the fastest."""
     if site.key in plan.entries:
         return

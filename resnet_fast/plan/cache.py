@@ -49,7 +49,9 @@ def _valid(entry: object) -> bool:
             for field in ("error", "limit")
         )
         # A verdict that claims success must carry figures that support it.
-        and (not entry["ok"] or (math.isfinite(entry["error"]) and entry["error"] <= entry["limit"]))
+        and (
+            not entry["ok"] or (math.isfinite(entry["error"]) and entry["error"] <= entry["limit"])
+        )
     )
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fast import _library
-from resnet_fast.ops import _pack, conv_bn_act_onednn
-from resnet_fast.ops import activation
+from resnet_fast.ops import _pack, activation, conv_bn_act_onednn
 from resnet_fast.ops._checks import channels_last
 from resnet_fast.plan.site import DTYPES, Site
 
@@ -95,9 +94,7 @@ def run_aten(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Te
     geometry = (args.stride, args.padding, args.dilation, args.groups)
     y = _CONV[x.dim() - 2](x, weight, bias, *geometry)
     if args.mean is not None:
-        y = F.batch_norm(
-            y, args.mean, args.var, args.bn_weight, args.bn_bias, False, 0.0, args.eps
-        )
+        y = F.batch_norm(y, args.mean, args.var, args.bn_weight, args.bn_bias, False, 0.0, args.eps)
     if residual is not None:
         y = y + residual
     return activation.value(act, y)
@@ -146,23 +143,19 @@ def _reject_triton(site: Site) -> str | None:
     return None
 
 
-def _through(op: Callable[[], Callable[..., Tensor]], traced: bool) -> Run:
+def _through(op: str, traced: bool) -> Run:
     affine = _affine_traced if traced else _affine
 
     def run(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
         scale, shift = affine(x, args)
         weight = args.weight.to(x.dtype) if traced else _weight(x, args)
-        return op()(x, weight, scale, shift, residual, *args[7:], act)
+        return getattr(torch.ops.resnet_fast, op)(x, weight, scale, shift, residual, *args[7:], act)
 
     return run
 
 
-def _native_op() -> Callable[..., Tensor]:
-    return torch.ops.resnet_fast.conv_bn_act
-
-
-def _triton_op() -> Callable[..., Tensor]:
-    return torch.ops.resnet_fast._conv_bn_act_triton
+_NATIVE = "conv_bn_act"
+_TRITON = "_conv_bn_act_triton"
 
 
 # conv+bn_act: the library's convolution, then one pass for all that follows it.
@@ -185,7 +178,9 @@ def _epilogue(traced: bool) -> Run:
         weight = args.weight.to(x.dtype) if traced else _weight(x, args)
         y = _CONV[x.dim() - 2](x, weight, None, *args[7:])
         if residual is not None:
-            residual = residual.contiguous(memory_format=channels_last(y) or torch.contiguous_format)
+            residual = residual.contiguous(
+                memory_format=channels_last(y) or torch.contiguous_format
+            )
         return torch.ops.resnet_fast.bn_act(y, scale, shift, residual, act)
 
     return run
@@ -241,8 +236,8 @@ CANDIDATES: dict[str, Candidate] = {
     c.name: c
     for c in (
         Candidate("onednn", _reject_onednn, _run_onednn, _trace_onednn),
-        Candidate("native", _reject_native, _through(_native_op, False), _through(_native_op, True)),
-        Candidate("triton", _reject_triton, _through(_triton_op, False), _through(_triton_op, True)),
+        Candidate("native", _reject_native, _through(_NATIVE, False), _through(_NATIVE, True)),
+        Candidate("triton", _reject_triton, _through(_TRITON, False), _through(_TRITON, True)),
         Candidate("cudnn", _reject_cudnn, _run_cudnn, _trace_cudnn),
         Candidate("conv+bn_act", _reject_epilogue, _epilogue(False), _epilogue(True)),
         Candidate("aten", _never, run_aten, run_aten),

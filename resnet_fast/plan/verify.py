@@ -44,31 +44,16 @@ def random_inputs(
         return t.to(device, dtype)
 
     weight = parameter(normal(*site.weight_shape) / fan_in**0.5)
+    gamma = beta = mean = var = bias = None
     if site.affine:
-        bn = (
-            parameter(uniform(0.5, 1.5, channels)),
-            parameter(normal(channels)),
-            parameter(normal(channels)),
-            parameter(uniform(0.5, 2.0, channels)),
-        )
-        bias = None
+        gamma = parameter(uniform(0.5, 1.5, channels))
+        beta = parameter(normal(channels))
+        mean = parameter(normal(channels))
+        var = parameter(uniform(0.5, 2.0, channels))
     else:
-        bn = (None, None, None, None)
         bias = parameter(normal(channels))
-    return (
-        x,
-        ConvArgs(
-            weight,
-            bias,
-            *bn,
-            1e-5,
-            list(site.stride),
-            list(site.padding),
-            list(site.dilation),
-            site.groups,
-        ),
-        residual,
-    )
+    geometry = (list(site.stride), list(site.padding), list(site.dilation), site.groups)
+    return x, ConvArgs(weight, bias, gamma, beta, mean, var, 1e-5, *geometry), residual
 
 
 def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verdict:
@@ -80,7 +65,7 @@ def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verd
     """
     with torch.inference_mode(False), torch.no_grad():
         x, args, residual = random_inputs(site, device)
-        wide = ConvArgs(*(t.double() if isinstance(t, Tensor) else t for t in args))
+        wide = ConvArgs._make(t.double() if isinstance(t, Tensor) else t for t in args)
         truth = run_aten(
             x.double(), wide, None if residual is None else residual.double(), site.act
         )

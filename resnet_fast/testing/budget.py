@@ -1,9 +1,9 @@
 """The error budget: what a result may differ from the truth by.
 
 ``error(ours) <= 2 · (error(framework) + one rounding)``, for each tensor, where the truth is the
-reference run in fp64, the framework's error is that of its own ops in the dtype under test, an error
-is the greatest absolute difference, and one rounding is half an epsilon of the dtype at the greatest
-magnitude of the truth.
+reference run in fp64, the framework's error is that of its own ops in the dtype under test, an
+error is the greatest absolute difference, and one rounding is half an epsilon of the dtype at the
+greatest magnitude of the truth.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
 
 
 def error(actual: Tensor, ref64: Tensor) -> float:
-    """The greatest absolute difference; infinite where shapes or positions of NaN and Inf differ."""
+    """The greatest absolute difference; infinite if shapes, NaNs or infinities differ."""
     if actual.shape != ref64.shape:
         return math.inf
     if actual.numel() == 0:
@@ -51,16 +51,16 @@ def rounding(dtype: torch.dtype, ref64: Tensor) -> float:
     return torch.finfo(dtype).eps / 2 * finite.max().item()
 
 
-def limit(framework: Tensor, ref64: Tensor, dtype: torch.dtype | None = None) -> float:
-    """The budget of a result of ``dtype`` (the framework's by default)."""
-    return 2 * (error(framework, ref64) + rounding(dtype or framework.dtype, ref64))
+def limit(framework_error: float, dtype: torch.dtype, ref64: Tensor) -> float:
+    """The budget of a result of ``dtype``, given the error of the framework's own."""
+    if not math.isfinite(framework_error):
+        # A framework that overflows where the truth is finite sets no standard: one rounding does.
+        framework_error = 0.0
+    return 2 * (framework_error + rounding(dtype, ref64))
 
 
 def within_budget(actual: Tensor, framework: Tensor, ref64: Tensor) -> Verdict:
     """Judge ``actual`` against the truth ``ref64``, given the framework's own result."""
-    allowed = limit(framework, ref64, actual.dtype)
+    allowed = limit(error(framework, ref64), actual.dtype, ref64)
     found = error(actual, ref64)
-    if not math.isfinite(allowed):
-        # A framework that overflowed where the truth is finite sets no standard: one rounding does.
-        allowed = 2 * rounding(actual.dtype, ref64)
     return Verdict(found <= allowed, found, allowed)

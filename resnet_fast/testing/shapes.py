@@ -68,7 +68,7 @@ NETWORKS: dict[str, Architecture] = {
 
 
 def walk(network: str, image: int = 224) -> list[ConvSite]:
-    """Every convolution of ``network`` in the order of execution, shortcuts after their block's first."""
+    """Every convolution of ``network``, in an order in which they can run."""
     architecture = NETWORKS[network]
     sites: list[ConvSite] = []
 

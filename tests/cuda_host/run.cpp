@@ -73,8 +73,8 @@ int run(const Arguments& a) {
     launch(grid_for(vectors, a.resident), kThreads, add_act_backward_kernel<T, LANES, Index>,
            grad_y, x, residual, y, numel, a.act);
   } else if (a.kernel == "add_act") {
-    launch(grid_for(vectors, a.resident), kThreads, add_act_kernel<T, LANES, Index>, x, residual,
-           y, numel, a.act);
+    launch(grid_for(vectors, a.resident), kThreads, add_act_kernel<T, LANES, Index>, x, residual, y,
+           numel, a.act);
   } else if (a.kernel == "bn_act_channels_last") {
     const auto kernel = a.residual ? bn_act_channels_last_kernel<T, LANES, true, Index>
                                    : bn_act_channels_last_kernel<T, LANES, false, Index>;
@@ -97,8 +97,7 @@ int run(const Arguments& a) {
 
 template <typename T>
 int run(const Arguments& a, bool vector, bool wide) {
-  if (vector)
-    return wide ? run<T, kLanes<T>, uint64_t>(a) : run<T, kLanes<T>, uint32_t>(a);
+  if (vector) return wide ? run<T, kLanes<T>, uint64_t>(a) : run<T, kLanes<T>, uint32_t>(a);
   return wide ? run<T, 1, uint64_t>(a) : run<T, 1, uint32_t>(a);
 }
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (one convolution a line)
 """Every Triton kernel x config x dtype under Triton's interpreter, against fp64.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so this file needs a process of its own:
@@ -13,8 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from resnet_fast import ops
 from resnet_fast.kernels import activation, add_act, bn_act, conv_bn_act, launch
+
+import resnet_fast.ops.add_act_triton
+import resnet_fast.ops.bn_act_triton
+import resnet_fast.ops.conv_bn_act_triton  # noqa: F401
+from resnet_fast import ops
 from resnet_fast.testing.budget import within_budget
 
 assert launch.INTERPRET, "run with TRITON_INTERPRET=1"
@@ -290,7 +295,8 @@ def _wide_backward(*args: Any) -> torch.Tensor:
 
 
 def _bad_conv(**changes: Any) -> tuple[Any, ...]:
-    names = ("x weight scale shift residual stride padding dilation groups act").split()
+    names = ["x", "weight", "scale", "shift", "residual"]
+    names += ["stride", "padding", "dilation", "groups", "act"]
     args = dict(zip(names, _conv_args(GEOMETRIES["3x3"], torch.float32), strict=True))
     return tuple({**args, **changes}.values())
 

@@ -1,0 +1,223 @@
+"""Every op has all its parts, every room keeps to what belongs there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fast import ops
+from resnet_fast.ops import activation
+from resnet_fast.testing import cases, reordered, shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "resnet_fast"
+PRIVATE = {"add_act": "_add_act_backward", "bn_act_train": "_bn_act_train_backward"}
+# Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
+KERNELS = {"conv_bn_act", "add_act", "bn_act"}
+CUDA = {"add_act", "bn_act"}
+
+
+def read(path: str) -> str:
+    file = ROOT / path
+    assert file.is_file(), f"{path} is missing"
+    return file.read_text()
+
+
+def schemas() -> dict[str, str]:
+    """Schema by op name, as csrc/ops.cpp declares them."""
+    found = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', read("csrc/ops.cpp"))
+    texts = ["".join(re.findall(r'"([^"]*)"', text)) for text in found]
+    return {text.split("(", 1)[0]: text for text in texts}
+
+
+def argument_names(schema: str) -> list[str]:
+    inside = schema.split("(", 1)[1].rsplit(") ->", 1)[0]
+    return [argument.split("=")[0].split()[-1] for argument in inside.split(", ")]
+
+
+def imports(path: Path) -> list[str]:
+    """Absolute names of all modules that a file imports, from-imports with the name appended."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts)
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = ".".join(package[: len(package) - node.level])
+                base = f"{parent}.{base}" if base else parent
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
+
+
+def inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def test_schemas_are_the_listed_ops_and_their_backwards() -> None:
+    assert set(schemas()) == set(ops.OPS) | set(PRIVATE.values())
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_contract_is_whole(op: str) -> None:
+    module = ops.module(op)
+    function = getattr(ops, op)
+    assert function is getattr(module, op)
+    expected = argument_names(schemas()[op])
+    for part in (function, module.check, module.reference):
+        assert list(inspect.signature(part).parameters) == expected
+    doc = inspect.getdoc(function) or ""
+    for heading in ("``y = ", "et al." if op != "bn_act_train" else "Szegedy", "Args:"):
+        assert heading in doc
+    for heading in ("Returns:", "Raises:", "ArgumentError", "DTypeError", "LibraryError"):
+        assert heading in doc
+    for name in expected:
+        assert re.search(rf"\b{name}\b", doc.split("Args:")[1]), f"{name} is not documented"
+    assert module.reference.__doc__ and module.check.__doc__
+
+
+@pytest.mark.parametrize("op", [*ops.OPS, *PRIVATE.values()])
+def test_registrations(op: str) -> None:
+    name = f"resnet_fast::{op}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
+    if op in ops.OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd")
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_sources(op: str) -> None:
+    assert f'"{op}"' in read(f"csrc/cpu/{op}.cpp")
+    assert (PACKAGE / "ops" / f"{op}.py").is_file()
+    if op in PRIVATE:
+        assert f'"{PRIVATE[op]}"' in read(f"csrc/cpu/{op}.cpp")
+    if op in CUDA:
+        assert f'"{op}"' in read(f"csrc/cuda/{op}.cu")
+    if op in KERNELS:
+        assert f"def launch_{op}(" in read(f"kernels/{op}.py")
+        assert f"_{op}_triton" in read(f"resnet_fast/ops/{op}_triton.py")
+
+
+def test_no_source_without_an_op() -> None:
+    """A file whose stem is no op's is shared code: it registers nothing."""
+    for file in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]:
+        if not any(file.stem == op or file.stem.startswith(f"{op}_") for op in ops.OPS):
+            assert "STABLE_TORCH_LIBRARY" not in file.read_text(), file.name
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_cases(op: str) -> None:
+    entries = cases.CASES[op]
+    names = [entry.name for entry in entries]
+    assert len(set(names)) == len(names)
+    assert {entry.act for entry in entries} >= set(activation.ACTIVATIONS)
+    assert {len(entry.x) for entry in entries} >= {3, 4, 5}
+    if op != "bn_act_train":
+        assert any(0 in entry.x for entry in entries)
+    assert op in reordered.REORDERED
+    assert type(entries[0]).__name__ in read("benchmarks/test_bench_ops.py")
+
+
+def test_activations_have_one_order() -> None:
+    """The Python table, the native one and Triton's count alike."""
+    header = read("csrc/math/activation.h")
+    names = re.search(r"kActNames\[\w+\]\s*=\s*\{(.*?)\}", header, re.DOTALL)
+    assert names is not None
+    assert tuple(re.findall(r'"(\w+)"', names[1])) == activation.ACTIVATIONS
+    enum = re.search(r"enum class Act[^{]*\{(.*?)\}", header, re.DOTALL)
+    assert enum is not None
+    assert tuple(re.findall(r"\w+", enum[1])) == activation.ACTIVATIONS
+
+
+PYTHON = sorted(PACKAGE.rglob("*.py"))
+# A room imports from the rooms before it, never from one after it.
+ROOMS = ("kernels", "ops", "plan", "nn", "models", "fuse", "bench", "cli")
+
+
+def test_triton_stays_in_kernels() -> None:
+    for file in PYTHON:
+        for name in imports(file):
+            assert not inside(name, "triton"), f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_kernels_stand_alone() -> None:
+    for file in sorted((ROOT / "kernels").glob("*.py")):
+        text = file.read_text()
+        assert "torch.library" not in text, file.name
+        for name in imports(file):
+            allowed = not inside(name, "resnet_fast") or inside(name, "resnet_fast.kernels")
+            assert allowed, f"kernels/{file.name} imports {name}"
+
+
+def test_arrows_point_down() -> None:
+    for file in PYTHON:
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room not in ROOMS:
+            continue
+        for later in ROOMS[ROOMS.index(room) + 1 :]:
+            for name in imports(file):
+                wrong = inside(name, f"resnet_fast.{later}")
+                assert not wrong, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_testing_is_not_imported_by_the_product() -> None:
+    """Cases and shapes are for tests, benchmarks and commands; plan shares the budget alone."""
+    for file in PYTHON:
+        room = file.relative_to(PACKAGE).parts[0]
+        if room in ("ops", "nn", "models", "fuse"):
+            for name in imports(file):
+                ok = not inside(name, "resnet_fast.testing") or "budget" in name
+                assert ok, f"{file.relative_to(ROOT)} imports {name}"
+        for name in imports(file):
+            assert not inside(name, "tests"), f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_torch_headers_stay_in_one_file() -> None:
+    sources = [f for f in (ROOT / "csrc").rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert sources
+    for file in sources:
+        if file.name in ("stable.h", "native.cpp"):
+            continue
+        found = re.findall(r"#\s*include\s*[<\"](?:torch|ATen|c10)/[^>\"]*", file.read_text())
+        assert not found, f"{file.relative_to(ROOT)}: {found}"
+
+
+def test_shared_arithmetic_knows_neither_torch_nor_the_runtime() -> None:
+    for file in sorted((ROOT / "csrc" / "math").glob("*.h")):
+        text = file.read_text()
+        assert not re.search(r"#\s*include\s*[<\"](?:torch|ATen|c10|cuda_runtime)", text), file.name
+
+
+@pytest.mark.parametrize("network", shapes.NETWORKS)
+def test_shapes_count_the_published_multiply_adds(network: str) -> None:
+    """torchvision states each network's multiply-adds at 224² beside its weights, in 10⁹."""
+    models = pytest.importorskip("torchvision.models")
+    weights = models.get_model_weights(network).IMAGENET1K_V1
+    assert round(shapes.macs(network) / 1e9, 3) == weights.meta["_ops"]
+
+
+@pytest.mark.parametrize("network", ["resnet18", "resnext50_32x4d"])
+def test_shapes_are_those_of_the_model(network: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        model = models.get_model(network, weights=None)
+    found: list[tuple[int, ...]] = []
+
+    def note(conv: torch.nn.Conv2d, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        height = args[0].shape[2]
+        entry = (conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0])
+        found.append((*entry, conv.groups, height))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(note)
+    model(torch.empty(1, 3, 224, 224, device="meta"))
+    walked = [(s.c, s.k, s.r, s.stride, s.groups, s.h) for s in shapes.walk(network)]
+    assert sorted(walked) == sorted(found)
+    assert sum(shapes.conv_sites(network).values()) == len(found)
