@@ -53,6 +53,7 @@ class Rows:
     size: int = 224
     device: str = "cuda"
     reps: int = 8
+    threads: int | None = None
 
 
 # Ordered by what is missed most if the time runs out: the headline with every quick peer and
@@ -71,8 +72,10 @@ ROWS = (
     Rows("resnet50", "bf16", (128,), (OURS[2], "compile", "compile_max"), 150),
 )
 DRY_ROWS = (
-    Rows("resnet18", "fp32", (1, 2), ("resnet_fast", "eager"), 60, 32, "cpu", 1),
-    Rows("resnet18", "bf16", (1,), ("resnet_fast", "eager_nhwc", "cudnn_fused"), 60, 32, "cpu", 1),
+    Rows("resnet18", "fp32", (1, 2), ("resnet_fast", "eager"), 90, 32, "cpu", 1, 1),
+    Rows(
+        "resnet18", "bf16", (1,), ("resnet_fast", "eager_nhwc", "cudnn_fused"), 90, 32, "cpu", 1, 1
+    ),
 )
 
 
@@ -137,6 +140,7 @@ def run_rows(order: dict[str, Any], path: Path) -> int:
                 dtype=order["dtype"],
                 size=order["size"],
                 device=order["device"],
+                threads=order["threads"],
                 engines=tuple(order["engines"]),
                 reps=order["reps"],
                 turn_seconds=0.1 if order["device"] == "cuda" else 0.02,
@@ -146,7 +150,7 @@ def run_rows(order: dict[str, Any], path: Path) -> int:
             failed = True
             print(error, file=sys.stderr)
             continue
-        facts = environment(default_threads())
+        facts = environment(order["threads"] or default_threads())
         save_json({"schema": 1, "environment": facts, "rows": rows}, path)
     return int(failed)
 

@@ -65,9 +65,12 @@ std::map<std::string, bool> cpu_features() {
 
 std::string current_isa() {
   switch (resnet_fast::cpu::current_isa()) {
-    case resnet_fast::cpu::Isa::avx512: return "avx512";
-    case resnet_fast::cpu::Isa::avx2: return "avx2";
-    default: return "baseline";
+    case resnet_fast::cpu::Isa::avx512:
+      return "avx512";
+    case resnet_fast::cpu::Isa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
 }
 
@@ -79,10 +82,11 @@ py::list kernel_variants() {
   };
   const std::vector<const char*> pointwise = {"baseline", "avx2"};
   const std::vector<const char*> tiled = {"baseline", "avx2", "avx512"};
-  const std::vector<Row> cpu = {
-      {"conv_bn_act", "panel_gemm", tiled},   {"conv_bn_act", "depthwise", tiled},
-      {"bn_act", "affine", pointwise},        {"add_act", "affine", pointwise},
-      {"bn_act_train", "two_pass", pointwise}};
+  const std::vector<Row> cpu = {{"conv_bn_act", "panel_gemm", tiled},
+                                {"conv_bn_act", "depthwise", tiled},
+                                {"bn_act", "affine", pointwise},
+                                {"add_act", "affine", pointwise},
+                                {"bn_act_train", "two_pass", pointwise}};
   py::list rows;
   const auto add = [&](const std::string& op, const std::string& name, const char* device,
                        const std::string& isa) {

@@ -2,10 +2,16 @@
 #include "stable.h"
 
 STABLE_TORCH_LIBRARY(resnet_fast, m) {
-  m.def("conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, str act) -> Tensor");
+  m.def(
+      "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] "
+      "stride, int[] padding, int[] dilation, int groups, str act) -> Tensor");
   m.def("bn_act(Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, str act) -> Tensor");
   m.def("add_act(Tensor x, Tensor residual, str act) -> Tensor");
   m.def("_add_act_backward(Tensor grad_y, Tensor x, Tensor residual, str act) -> Tensor");
-  m.def("bn_act_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str act) -> (Tensor, Tensor, Tensor)");
-  m.def("_bn_act_train_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor rstd, str act) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_act_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str act) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_bn_act_train_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? "
+      "residual, Tensor mean, Tensor rstd, str act) -> (Tensor, Tensor, Tensor, Tensor)");
 }

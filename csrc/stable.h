@@ -35,8 +35,8 @@ inline Act parse_act(std::string_view name) {
 }
 
 inline bool is_supported(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Half ||
-      dtype == ScalarType::BFloat16 || dtype == ScalarType::Double;
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Double;
 }
 
 // dtype of scale, shift, mean and rstd beside a tensor of `dtype`.
@@ -53,11 +53,16 @@ struct TypeTag {
 template <typename F>
 void dispatch_dtype(ScalarType dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(TypeTag<float>{});
-    case ScalarType::Double: return f(TypeTag<double>{});
-    case ScalarType::BFloat16: return f(TypeTag<bf16>{});
-    case ScalarType::Half: return f(TypeTag<fp16>{});
-    default: STD_TORCH_CHECK(false, "dtype not supported");
+    case ScalarType::Float:
+      return f(TypeTag<float>{});
+    case ScalarType::Double:
+      return f(TypeTag<double>{});
+    case ScalarType::BFloat16:
+      return f(TypeTag<bf16>{});
+    case ScalarType::Half:
+      return f(TypeTag<fp16>{});
+    default:
+      STD_TORCH_CHECK(false, "dtype not supported");
   }
 }
 
@@ -70,7 +75,7 @@ inline bool same_shape(const Tensor& a, const Tensor& b) { return shape_of(a) ==
 
 inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
-      a.get_device_index() == b.get_device_index();
+         a.get_device_index() == b.get_device_index();
 }
 
 // Tensor::is_contiguous(memory_format=channels_last[_3d]), which the stable ABI lacks.
@@ -92,9 +97,9 @@ inline bool is_channels_last(const Tensor& t) {
 }
 
 inline MemoryFormat channels_last_format(int64_t rank) {
-  return rank == 4 ? MemoryFormat::ChannelsLast
-      : rank == 5  ? MemoryFormat::ChannelsLast3d
-                   : MemoryFormat::Contiguous;
+  return rank == 4   ? MemoryFormat::ChannelsLast
+         : rank == 5 ? MemoryFormat::ChannelsLast3d
+                     : MemoryFormat::Contiguous;
 }
 
 // The package's rule: channels-last when x is so and not also contiguous, else contiguous.
@@ -166,7 +171,8 @@ using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 
 // Memory-safety guards shared by the backends. `device_ok` is the backend's device test.
 inline void check_input(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, name, ": expected a dense tensor");
+  STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, name,
+                  ": expected a dense tensor");
   STD_TORCH_CHECK(is_supported(t.scalar_type()), name,
                   ": expected float32, float16, bfloat16 or float64");
 }

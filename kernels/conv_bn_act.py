@@ -25,7 +25,8 @@ from .launch import (
 )
 
 # Above this many taps the loops over t, r and s stay loops: unrolled, a 31x31 filter would
-# take minutes to compile. 49 keeps the 7x7 stem and every 3x3x3 unrolled.
+# take minutes to compile. 49 keeps the 7x7 stem and every 3x3x3 unrolled. fp32 without tf32 has no
+# matrix instruction to feed, its products are unrolled FMAs already: seven of them spill 6 KB.
 MAX_STATIC_TAPS = 49
 
 
@@ -209,10 +210,11 @@ HALF_CONFIGS = (
     Config(128, 64, 32, 4, 4),  # 48 KB: K <= 64 fills it, so no column of the tile idles
     Config(64, 64, 64, 4, 4),  # 64 KB: small images and batch 1, where CTAs are short
 )
-# Without tf32 the product is made of FMAs and the operands live in registers: small tiles only.
+# Without tf32 the product is made of FMAs and the operands live in registers: small tiles only
+# (128 x 64 x 32 spills in 3x3 filters on sm_80).
 FLOAT_CONFIGS = (
-    Config(64, 64, 32, 4, 3),  # 48 KB
-    Config(128, 64, 32, 8, 3),  # 72 KB: many pixels
+    Config(64, 64, 16, 4, 3),  # 24 KB
+    Config(128, 64, 16, 8, 3),  # 36 KB: many pixels
 )
 # s and c share the reduction where S * C / groups <= 64: the C = 3 stem reduces over 7 rows of 32
 # instead of 49 taps of 16; a depthwise filter over R rows of 16. The block is the power of two. The
@@ -222,11 +224,20 @@ PACKED_CONFIGS = (
     Config(128, 64, 32, 8, 2, packed=True),
     Config(64, 64, 64, 8, 2, packed=True),
 )
+PACKED_FLOAT_CONFIGS = (
+    Config(64, 32, 16, 4, 2, packed=True),
+    Config(64, 32, 32, 8, 2, packed=True),
+)
+
+
+def packed_configs(dtype: torch.dtype) -> tuple[Config, ...]:
+    """The packed configs of a dtype, narrowest first; fp32 has no registers for a row of 64."""
+    return PACKED_FLOAT_CONFIGS if dtype == torch.float32 else PACKED_CONFIGS
 
 
 def configs(dtype: torch.dtype) -> tuple[Config, ...]:
     """Every config of a dtype, packed ones included."""
-    return (FLOAT_CONFIGS if dtype == torch.float32 else HALF_CONFIGS) + PACKED_CONFIGS
+    return (FLOAT_CONFIGS if dtype == torch.float32 else HALF_CONFIGS) + packed_configs(dtype)
 
 
 def choose_config(
@@ -237,7 +248,7 @@ def choose_config(
     The tile shrinks until there are about as many CTAs as an A100 or H100 has SMs (108, 132).
     """
     if taps > 1:
-        for config in PACKED_CONFIGS:
+        for config in packed_configs(dtype):
             if row * channels <= config.block_c:
                 return config
     if dtype == torch.float32:
@@ -593,13 +604,14 @@ def launch_conv_bn_act(
         config = choose_config(x.dtype, hint(m), cg, kg, taps[2], n_taps)
     if config.packed and taps[2] * cg > config.block_c:
         raise ValueError(f"config: {config.name} packs {config.block_c}, got {taps[2] * cg}")
+    tf32 = x.dtype == torch.float32 and (_allow_tf32() if allow_tf32 is None else allow_tf32)
+    static = n_taps <= MAX_STATIC_TAPS and (tf32 or x.dtype != torch.float32)
     flags = {
         "HAS_SCALE": scale is not None,
         "HAS_SHIFT": shift is not None,
         "HAS_RESIDUAL": residual is not None,
         "ACT": code,
-        "ALLOW_TF32": x.dtype == torch.float32
-        and (_allow_tf32() if allow_tf32 is None else allow_tf32),
+        "ALLOW_TF32": tf32,
         "INTERPRET": INTERPRET,
         "WIDE": needs_int64(x, weight, y) if wide is None else wide,
         "BLOCK_M": config.block_m,
@@ -634,7 +646,7 @@ def launch_conv_bn_act(
                 STRIDE_D=strides[0], STRIDE_H=strides[1], STRIDE_W=strides[2],
                 PAD_D=pads[0], PAD_H=pads[1], PAD_W=pads[2],
                 DIL_D=dils[0], DIL_H=dils[1], DIL_W=dils[2],
-                PACKED=config.packed, STATIC=n_taps <= MAX_STATIC_TAPS,
+                PACKED=config.packed, STATIC=static,
                 **flags,
             )  # fmt: skip
     return y

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_dry_campaign(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.campaign", "--dry", "--minutes", "2"]
+    command = [sys.executable, "-m", "benchmarks.campaign", "--dry", "--minutes", "4"]
     run = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((tmp_path / "campaign.json").read_text())

@@ -414,10 +414,8 @@ def test_pruned_and_parametrised_weights(net, x):
         prune.l1_unstructured(network.layer1[0].conv1, "weight", 0.5)
         parametrize.register_parametrization(network.layer1[0].conv2, "weight", Twice())
     with torch.no_grad():
-        truth = copy.deepcopy(net).double()
-        frameworks = twin(x)
-        assert torch.equal(truth(x.double()), twin.double()(x.double()))
-        assert within_budget(net(x), frameworks, twin(x.double())).ok
+        framework = twin(x)
+        assert within_budget(net(x), framework, twin.double()(x.double())).ok
 
 
 def test_sync_batch_norm(net, x):

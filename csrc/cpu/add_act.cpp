@@ -20,7 +20,8 @@ Tensor add_act(const Tensor& x, const Tensor& residual, const std::string& act_n
   const Tensor added = as_format(residual, format);
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Accumulator<T> one(1), zero(0);
+    // -0 is the neutral shift: +0 would lose the sign of a sum that is -0.
+    const Accumulator<T> one(1), zero(-0.0);
     const ChannelView flat{1, x.numel(), x.numel()};
     affine_act<T>(flat, data_of<T>(dense), &one, &zero, data_of<T>(added), mutable_data_of<T>(y),
                   act);
@@ -40,8 +41,8 @@ void gradient(int64_t numel, const T* grad_y, const T* x, const T* residual, T* 
         const T* __restrict pr = residual;
         T* __restrict out = grad;
         for (int64_t i = begin; i < end; ++i) {
-          out[i] = Narrow<T>::from(widen(pg[i]) *
-                                   activate_grad<kAct>(widen(px[i]) + widen(pr[i])));
+          out[i] = Narrow<T>::from(
+              chain(widen(pg[i]), activate_grad<kAct>(widen(px[i]) + widen(pr[i]))));
         }
       });
     });

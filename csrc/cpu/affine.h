@@ -16,24 +16,24 @@ void affine_act(const ChannelView& view, const T* x, const Accumulator<T>* scale
         constexpr Act kAct = decltype(tag)::value;
         for_each_run(view, begin, end,
                      [&](int64_t at, int64_t channel, int64_t length, auto step) RF_INLINE {
-          constexpr int kStep = decltype(step)::value;
-          const T* __restrict px = x + at;
-          const A* __restrict ps = scale + channel;
-          const A* __restrict pb = shift + channel;
-          T* __restrict py = y + at;
-          if (residual != nullptr) {
-            const T* __restrict pr = residual + at;
-            for (int64_t i = 0; i < length; ++i) {
-              const A v = widen(px[i]) * ps[i * kStep] + pb[i * kStep] + widen(pr[i]);
-              py[i] = Narrow<T>::from(activate<kAct>(v));
-            }
-          } else {
-            for (int64_t i = 0; i < length; ++i) {
-              const A v = widen(px[i]) * ps[i * kStep] + pb[i * kStep];
-              py[i] = Narrow<T>::from(activate<kAct>(v));
-            }
-          }
-        });
+                       constexpr int kStep = decltype(step)::value;
+                       const T* __restrict px = x + at;
+                       const A* __restrict ps = scale + channel;
+                       const A* __restrict pb = shift + channel;
+                       T* __restrict py = y + at;
+                       if (residual != nullptr) {
+                         const T* __restrict pr = residual + at;
+                         for (int64_t i = 0; i < length; ++i) {
+                           const A v = widen(px[i]) * ps[i * kStep] + pb[i * kStep] + widen(pr[i]);
+                           py[i] = Narrow<T>::from(activate<kAct>(v));
+                         }
+                       } else {
+                         for (int64_t i = 0; i < length; ++i) {
+                           const A v = widen(px[i]) * ps[i * kStep] + pb[i * kStep];
+                           py[i] = Narrow<T>::from(activate<kAct>(v));
+                         }
+                       }
+                     });
       });
     });
   });

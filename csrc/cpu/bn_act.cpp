@@ -23,9 +23,9 @@ Tensor bn_act(const Tensor& x, const OptTensor& scale, const OptTensor& shift,
     using T = typename decltype(tag)::type;
     using A = Accumulator<T>;
     const auto a = channel_values<A>(scale, x.size(1), A(1));
-    const auto b = channel_values<A>(shift, x.size(1), A(0));
-    affine_act<T>(channel_view(x, format), data_of<T>(dense), a.data(), b.data(),
-                  data_of<T>(added), mutable_data_of<T>(y), act);
+    const auto b = channel_values<A>(shift, x.size(1), A(-0.0));  // keeps -0
+    affine_act<T>(channel_view(x, format), data_of<T>(dense), a.data(), b.data(), data_of<T>(added),
+                  mutable_data_of<T>(y), act);
   });
   return y;
 }

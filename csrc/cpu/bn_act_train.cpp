@@ -1,5 +1,5 @@
-// bn_act_train: y = act((x - mean[c]) * rstd[c] * weight[c] + bias[c] + residual) by the batch's own
-// statistics, and its backward, which recomputes the pre-activation z instead of keeping it:
+// bn_act_train: y = act((x - mean[c]) * rstd[c] * weight[c] + bias[c] + residual) by the batch's
+// own statistics, and its backward, which recomputes the pre-activation z instead of keeping it:
 //
 //   grad_z = grad_y * act'(z)
 //   grad_bias = sum(grad_z)      grad_weight = sum(grad_z * xhat)      xhat = (x - mean) * rstd
@@ -33,19 +33,19 @@ Sums channel_sums(const ChannelView& view, const F& add) {
     std::vector<double> partial(static_cast<size_t>(blocks * channels * 2));
     parallel_for(0, blocks, std::max<int64_t>(1, kGrain / (kRows * channels)),
                  [&](int64_t begin, int64_t end) {
-      run_on_avx2([&](auto) RF_INLINE {
-        for (int64_t block = begin; block < end; ++block) {
-          double* __restrict first = partial.data() + block * channels * 2;
-          double* __restrict second = first + channels;
-          const int64_t last = std::min(rows, (block + 1) * kRows);
-          for (int64_t row = block * kRows; row < last; ++row) {
-            for (int64_t c = 0; c < channels; ++c) {
-              add(row * channels + c, c, first[c], second[c]);
-            }
-          }
-        }
-      });
-    });
+                   run_on_avx2([&](auto) RF_INLINE {
+                     for (int64_t block = begin; block < end; ++block) {
+                       double* __restrict first = partial.data() + block * channels * 2;
+                       double* __restrict second = first + channels;
+                       const int64_t last = std::min(rows, (block + 1) * kRows);
+                       for (int64_t row = block * kRows; row < last; ++row) {
+                         for (int64_t c = 0; c < channels; ++c) {
+                           add(row * channels + c, c, first[c], second[c]);
+                         }
+                       }
+                     }
+                   });
+                 });
     for (int64_t block = 0; block < blocks; ++block) {
       const double* first = partial.data() + block * channels * 2;
       for (int64_t c = 0; c < channels; ++c) {
@@ -148,22 +148,21 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train(const Tensor& x, const OptTensor
     }
     const auto gamma = channel_values<A>(weight, channels, A(1));
     const auto beta = channel_values<A>(bias, channels, A(0));
-    const Arguments<T> in{values,   data_of<T>(added), out_mean,
-                          out_rstd, gamma.data(),      beta.data()};
+    const Arguments<T> in{values, data_of<T>(added), out_mean, out_rstd, gamma.data(), beta.data()};
     T* out = mutable_data_of<T>(y);
     parallel_for(0, view.numel, kGrain, [&](int64_t begin, int64_t end) {
       run_on_avx2([&](auto) RF_INLINE {
         with_act(act, [&](auto code) RF_INLINE {
           for_each_run(view, begin, end,
                        [&](int64_t at, int64_t channel, int64_t length, auto step) RF_INLINE {
-            constexpr int kStep = decltype(step)::value;
-            const Arguments<T> local = in;
-            T* __restrict to = out;
-            for (int64_t i = 0; i < length; ++i) {
-              to[at + i] = Narrow<T>::from(activate<decltype(code)::value>(
-                  local.before_act(at + i, channel + i * kStep)));
-            }
-          });
+                         constexpr int kStep = decltype(step)::value;
+                         const Arguments<T> local = in;
+                         T* __restrict to = out;
+                         for (int64_t i = 0; i < length; ++i) {
+                           to[at + i] = Narrow<T>::from(activate<decltype(code)::value>(
+                               local.before_act(at + i, channel + i * kStep)));
+                         }
+                       });
         });
       });
     });
@@ -208,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_train_backward(
       constexpr Act kAct = decltype(code)::value;
       const Sums sums =
           channel_sums(view, [=](int64_t i, int64_t c, double& first, double& second) RF_INLINE {
-            const double g = widen(above[i]) * activate_grad<kAct>(in.before_act(i, c));
+            const double g = chain(widen(above[i]), activate_grad<kAct>(in.before_act(i, c)));
             first += g;
             second += g * double(in.normal(i, c));
           });
@@ -223,20 +222,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_train_backward(
       }
       parallel_for(0, view.numel, kGrain, [&](int64_t begin, int64_t end) {
         run_on_avx2([&](auto) RF_INLINE {
-          for_each_run(view, begin, end,
-                       [&](int64_t at, int64_t channel, int64_t length, auto step) RF_INLINE {
-            constexpr int kStep = decltype(step)::value;
-            const Arguments<T> local = in;
-            const T* __restrict up = above;
-            T* __restrict to_x = out_x;
-            T* __restrict to_z = out_z;
-            for (int64_t i = at; i < at + length; ++i) {
-              const int64_t c = channel + (i - at) * kStep;
-              const A g = widen(up[i]) * activate_grad<kAct>(local.before_act(i, c));
-              to_z[i] = Narrow<T>::from(g);
-              to_x[i] = Narrow<T>::from(gain[c] * (g - shift[c] - local.normal(i, c) * slope[c]));
-            }
-          });
+          for_each_run(
+              view, begin, end,
+              [&](int64_t at, int64_t channel, int64_t length, auto step) RF_INLINE {
+                constexpr int kStep = decltype(step)::value;
+                const Arguments<T> local = in;
+                const T* __restrict up = above;
+                T* __restrict to_x = out_x;
+                T* __restrict to_z = out_z;
+                for (int64_t i = at; i < at + length; ++i) {
+                  const int64_t c = channel + (i - at) * kStep;
+                  const A g = chain(widen(up[i]), activate_grad<kAct>(local.before_act(i, c)));
+                  to_z[i] = Narrow<T>::from(g);
+                  to_x[i] =
+                      Narrow<T>::from(gain[c] * (g - shift[c] - local.normal(i, c) * slope[c]));
+                }
+              });
         });
       });
     });

@@ -35,11 +35,11 @@ struct Geometry {
   int64_t pixels() const { return batch * out[0] * out[1] * out[2]; }
 };
 
-constexpr int64_t kPanel = 256;            // columns of x gathered at a time
-constexpr int64_t kBundlePanel = 512;      // the same where several small groups share the gather
+constexpr int64_t kPanel = 256;             // columns of x gathered at a time
+constexpr int64_t kBundlePanel = 512;       // the same where several small groups share the gather
 constexpr int64_t kPanelStride = 512 + 16;  // rows apart by an odd number of cache lines
-constexpr int64_t kStrip = 128;            // output channels a gathered panel serves
-constexpr int64_t kChunk = 98;             // output pixels a task takes at most
+constexpr int64_t kStrip = 128;             // output channels a gathered panel serves
+constexpr int64_t kChunk = 98;              // output pixels a task takes at most
 
 // Vector width and register tile by instruction set: MR * 2 accumulators, 2 vectors of weights.
 template <Isa I>
@@ -106,9 +106,9 @@ RF_INLINE inline void widen_copy(const T* __restrict from, A* __restrict to, int
   }
 }
 
-// Columns [begin, end) of one pixel's row of the gathered matrix, ordered [kd][kh][kw][c], for `width`
-// channels from `channel`. Without dilation along the width and with all channels, the kw taps are
-// one run of memory.
+// Columns [begin, end) of one pixel's row of the gathered matrix, ordered [kd][kh][kw][c], for
+// `width` channels from `channel`. Without dilation along the width and with all channels, the kw
+// taps are one run of memory.
 template <typename T, typename A>
 RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& win, int64_t channel,
                                  int64_t width, int64_t begin, int64_t end, A* row) {
@@ -134,7 +134,7 @@ RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& wi
     for (int64_t i = from; i < lo; ++i) out[i] = A(0);
     if (hi > lo) {
       const int64_t base = win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.channels + channel;
-      widen_copy(x + base + lo, out + lo, hi - lo);
+      widen_copy(x + (base + lo), out + lo, hi - lo);
     }
     for (int64_t i = hi; i < to; ++i) out[i] = A(0);
     at += to - from;
@@ -217,8 +217,8 @@ RF_INLINE inline void multiply(const A* panel, const A* packed, Segments seg, A*
 // y[i][j] = act(sums[i][j] * scale[j] + shift[j] + residual[i][j]); rows of y are y_stride apart.
 template <typename T, typename A, typename ActT>
 RF_INLINE inline void finish(ActT, int64_t rows, int64_t columns, const A* sums,
-                             int64_t sums_stride, const A* scale, const A* shift,
-                             const T* residual, T* y, int64_t y_stride) {
+                             int64_t sums_stride, const A* scale, const A* shift, const T* residual,
+                             T* y, int64_t y_stride) {
   for (int64_t i = 0; i < rows; ++i) {
     const A* __restrict s = sums + i * sums_stride;
     T* __restrict out = y + i * y_stride;
@@ -257,8 +257,7 @@ struct Cut {
     nr = kg > lanes ? 2 * lanes : lanes;
     const int64_t padded = (kg + nr - 1) / nr * nr;
     strips = (kg + kStrip - 1) / kStrip;
-    bundle = std::max<int64_t>(
-        1, std::min({g.groups, kStrip / padded, kBundlePanel / g.depth()}));
+    bundle = std::max<int64_t>(1, std::min({g.groups, kStrip / padded, kBundlePanel / g.depth()}));
     bundles = (g.groups + bundle - 1) / bundle;
     chunks = (g.pixels() + kChunk - 1) / kChunk;
   }
@@ -296,8 +295,8 @@ RF_INLINE inline void conv_tasks(const Geometry& g, const Operands<T>& o, const 
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t j = b % blocks_a_group * nr;
         const int64_t first = (group + b / blocks_a_group) * kg + k0 + j;
-        pack_weights(g, o.weight + first * depth, o.weight_channels_last,
-                     std::min(nr, columns - j), nr, packed + b * nr * depth);
+        pack_weights(g, o.weight + first * depth, o.weight_channels_last, std::min(nr, columns - j),
+                     nr, packed + b * nr * depth);
       }
     }
     const int64_t pixel = chunk * kChunk;
@@ -458,8 +457,7 @@ Tensor channels_last_memory(const Tensor& t) {
 
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptTensor& scale,
                    const OptTensor& shift, const OptTensor& residual, IntList stride,
-                   IntList padding, IntList dilation, int64_t groups,
-                   const std::string& act_name) {
+                   IntList padding, IntList dilation, int64_t groups, const std::string& act_name) {
   const Act act = parse_act(act_name);
   const Geometry g = checked_geometry(x, weight, stride, padding, dilation, groups);
   const int64_t rank = x.dim();
@@ -479,23 +477,22 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptTensor& scale
       weight, weight_channels_last ? channels_last_format(rank) : MemoryFormat::Contiguous);
   const OptTensor added = residual ? OptTensor(channels_last_memory(*residual)) : std::nullopt;
   // One channel or one pixel: both formats are the same memory.
-  const bool direct = format != MemoryFormat::Contiguous || g.filters == 1 ||
-      g.pixels() == g.batch;
+  const bool direct = format != MemoryFormat::Contiguous || g.filters == 1 || g.pixels() == g.batch;
   std::vector<int64_t> staged_shape = shape;
   if (rank == 3) staged_shape.insert(staged_shape.begin() + 2, 1);
-  const Tensor staged = direct
-      ? y
-      : empty(staged_shape, x.scalar_type(), x,
-              channels_last_format(static_cast<int64_t>(staged_shape.size())));
+  const Tensor staged =
+      direct ? y
+             : empty(staged_shape, x.scalar_type(), x,
+                     channels_last_format(static_cast<int64_t>(staged_shape.size())));
 
   dispatch_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Accumulator<T>;
     const auto a = channel_values<A>(scale, g.filters, A(1));
     const auto b = channel_values<A>(shift, g.filters, A(0));
-    const Operands<T> o{data_of<T>(dense), data_of<T>(filters), weight_channels_last,
-                        a.data(),          b.data(),            data_of<T>(added),
-                        mutable_data_of<T>(staged),             act};
+    const Operands<T> o{
+        data_of<T>(dense), data_of<T>(filters), weight_channels_last,       a.data(),
+        b.data(),          data_of<T>(added),   mutable_data_of<T>(staged), act};
     if (g.group_channels() == 1 && g.group_filters() == 1) {
       std::vector<A> by_tap(static_cast<size_t>(g.taps() * g.channels));
       for (int64_t c = 0; c < g.channels; ++c) {
@@ -509,8 +506,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptTensor& scale
     }
   });
   if (!direct) {
-    const Tensor as_y =
-        rank == 3 ? torch::stable::squeeze(staged, 2) : staged;
+    const Tensor as_y = rank == 3 ? torch::stable::squeeze(staged, 2) : staged;
     torch::stable::copy_(y, as_y);
   }
   return y;

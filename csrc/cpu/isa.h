@@ -22,10 +22,10 @@ struct IsaTag {
 inline Isa detect_isa() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2");
+                    __builtin_cpu_supports("bmi2");
   if (!avx2) return Isa::baseline;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx512 ? Isa::avx512 : Isa::avx2;
 }
 
@@ -57,9 +57,12 @@ inline Isa current_isa() {
 template <typename F>
 void run_on_isa(const F& f) {
   switch (current_isa()) {
-    case Isa::avx512: return run_avx512(f);
-    case Isa::avx2: return run_avx2(f);
-    default: return f(IsaTag<Isa::baseline>{});
+    case Isa::avx512:
+      return run_avx512(f);
+    case Isa::avx2:
+      return run_avx2(f);
+    default:
+      return f(IsaTag<Isa::baseline>{});
   }
 }
 

@@ -27,7 +27,8 @@ inline ChannelView channel_view(const Tensor& x, MemoryFormat format) {
   return {channels, inner, x.numel()};
 }
 
-// Calls run(first element, first channel, length, channel step 0 or 1) for the runs of [begin, end).
+// Calls run(first element, first channel, length, channel step 0 or 1) for the runs of [begin,
+// end).
 template <typename F>
 [[gnu::always_inline]] inline void for_each_run(const ChannelView& view, int64_t begin, int64_t end,
                                                 const F& run) {

@@ -46,13 +46,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A unit that the activation has shut off stops the gradient, infinite or NaN included, as the
-// framework's masks do; a plain product would turn inf * 0 into NaN.
-template <typename C>
-__device__ inline C chain(C grad, C slope) {
-  return slope == C(0) ? C(0) : grad * slope;
-}
-
 //   grad[i] = grad_y[i] * act'(x[i] + residual[i])
 //
 // One gradient serves x and residual. Ownership and access width as in add_act_kernel; the sum is

@@ -17,8 +17,8 @@ namespace resnet_fast {
 enum class Act : int { none, relu, relu6, silu, hardswish, gelu, leaky_relu, sigmoid };
 
 inline constexpr int kActCount = 8;
-inline constexpr const char* kActNames[kActCount] = {
-    "none", "relu", "relu6", "silu", "hardswish", "gelu", "leaky_relu", "sigmoid"};
+inline constexpr const char* kActNames[kActCount] = {"none",      "relu", "relu6",      "silu",
+                                                     "hardswish", "gelu", "leaky_relu", "sigmoid"};
 inline constexpr double kLeakySlope = 0.01;
 
 namespace detail {
@@ -85,6 +85,13 @@ RESNET_FAST_HD T activate_grad(T v) {
   }
 }
 
+// grad * act'(v). A unit that the activation has shut off stops the gradient, infinite or NaN
+// included, as the framework's masks do; a plain product would turn inf * 0 into NaN.
+template <typename T>
+RESNET_FAST_HD inline T chain(T grad, T slope) {
+  return slope == T(0) ? T(0) : grad * slope;
+}
+
 template <Act A>
 struct ActTag {
   static constexpr Act value = A;
@@ -94,14 +101,22 @@ struct ActTag {
 template <typename F>
 RESNET_FAST_HD void with_act(Act act, const F& f) {
   switch (act) {
-    case Act::none: return f(ActTag<Act::none>{});
-    case Act::relu: return f(ActTag<Act::relu>{});
-    case Act::relu6: return f(ActTag<Act::relu6>{});
-    case Act::silu: return f(ActTag<Act::silu>{});
-    case Act::hardswish: return f(ActTag<Act::hardswish>{});
-    case Act::gelu: return f(ActTag<Act::gelu>{});
-    case Act::leaky_relu: return f(ActTag<Act::leaky_relu>{});
-    case Act::sigmoid: return f(ActTag<Act::sigmoid>{});
+    case Act::none:
+      return f(ActTag<Act::none>{});
+    case Act::relu:
+      return f(ActTag<Act::relu>{});
+    case Act::relu6:
+      return f(ActTag<Act::relu6>{});
+    case Act::silu:
+      return f(ActTag<Act::silu>{});
+    case Act::hardswish:
+      return f(ActTag<Act::hardswish>{});
+    case Act::gelu:
+      return f(ActTag<Act::gelu>{});
+    case Act::leaky_relu:
+      return f(ActTag<Act::leaky_relu>{});
+    case Act::sigmoid:
+      return f(ActTag<Act::sigmoid>{});
   }
 }
 

@@ -1,6 +1,6 @@
 // 16-bit floating-point storage and its conversions, round to nearest even, free of branches so
-// that loops over them vectorise. The fp16 pair scales by powers of two, so that the fp32 adder does
-// the rounding and the subnormals.
+// that loops over them vectorise. The fp16 pair scales by powers of two, so that the fp32 adder
+// does the rounding and the subnormals.
 #pragma once
 
 #include <cstdint>
@@ -75,8 +75,8 @@ struct Narrow<fp16> {
         detail::as_float((bias >> 1) + 0x07800000u) + (magnitude * 0x1.0p+112f) * 0x1.0p-110f;
     const uint32_t bits = detail::as_bits(base);
     const uint32_t finite = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
-    return fp16{static_cast<uint16_t>(
-        ((w >> 16) & 0x8000u) | (twice > 0xFF000000u ? 0x7E00u : finite))};
+    return fp16{
+        static_cast<uint16_t>(((w >> 16) & 0x8000u) | (twice > 0xFF000000u ? 0x7E00u : finite))};
   }
 };
 

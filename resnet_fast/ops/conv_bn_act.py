@@ -208,6 +208,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if need_scale or not from_output:
         product = torch.ops.aten.convolution(x, weight, None, *ctx.geometry).to(wide)
     if not from_output:
+        assert product is not None
         z = _checks.affine(product, scale, shift)
         if residual is not None:
             z = z + residual
@@ -217,6 +218,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
     grad_x = grad_weight = grad_scale = grad_shift = grad_residual = None
     if need_scale:
+        assert product is not None
         grad_scale = (grad_z * product).sum(_checks.but_channels(grad_z))
     if need_shift and ctx.present[1]:
         grad_shift = grad_z.sum(_checks.but_channels(grad_z))
