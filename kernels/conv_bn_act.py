@@ -211,10 +211,10 @@ HALF_CONFIGS = (
     Config(64, 64, 64, 4, 4),  # 64 KB: small images and batch 1, where CTAs are short
 )
 # Without tf32 the product is made of FMAs and the operands live in registers: small tiles only
-# (128 x 64 x 32 spills in 3x3 filters on sm_80).
+# (a third stage, or 32 channels, spills in 3x3 filters on sm_80 and sm_90).
 FLOAT_CONFIGS = (
-    Config(64, 64, 16, 4, 3),  # 24 KB
-    Config(128, 64, 16, 8, 3),  # 36 KB: many pixels
+    Config(64, 64, 16, 4, 2),  # 16 KB
+    Config(128, 64, 16, 8, 2),  # 24 KB: many pixels
 )
 # s and c share the reduction where S * C / groups <= 64: the C = 3 stem reduces over 7 rows of 32
 # instead of 49 taps of 16; a depthwise filter over R rows of 16. The block is the power of two. The

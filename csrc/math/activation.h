@@ -88,7 +88,7 @@ RESNET_FAST_HD T activate_grad(T v) {
 // grad * act'(v). A unit that the activation has shut off stops the gradient, infinite or NaN
 // included, as the framework's masks do; a plain product would turn inf * 0 into NaN.
 template <typename T>
-RESNET_FAST_HD inline T chain(T grad, T slope) {
+RESNET_FAST_HD T chain(T grad, T slope) {
   return slope == T(0) ? T(0) : grad * slope;
 }
 

@@ -86,7 +86,7 @@ def run(
     layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     x = x.contiguous(memory_format=layout)
     packed, shift = cached(
-        ("onednn", x.dtype, x.shape[1:], *stride, *padding, *dilation, groups),
+        ("onednn", eps, x.dtype, x.shape[1:], *stride, *padding, *dilation, groups),
         (weight, bias, bn_weight, bn_bias, mean, var),
         lambda: _pack(
             x.shape,

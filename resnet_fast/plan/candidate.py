@@ -64,7 +64,7 @@ class Candidate:
 def _affine(x: Tensor, args: ConvArgs) -> tuple[Tensor | None, Tensor | None]:
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     return _pack.cached(
-        ("affine", dtype), args.tensors, lambda: _pack.fold(*args[1:7], dtype=dtype)
+        ("affine", dtype, args.eps), args.tensors, lambda: _pack.fold(*args[1:7], dtype=dtype)
     )
 
 
@@ -209,7 +209,7 @@ def _run_cudnn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> 
         layout = torch.channels_last
         return weight.to(x.dtype).contiguous(memory_format=layout), bias.to(x.dtype)
 
-    weight, bias = _pack.cached(("cudnn", x.dtype), args.tensors, build)
+    weight, bias = _pack.cached(("cudnn", x.dtype, args.eps), args.tensors, build)
     geometry = (args.stride, args.padding, args.dilation, args.groups)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is None:
