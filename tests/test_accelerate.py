@@ -23,6 +23,7 @@ from resnet_fast.testing.budget import within_budget
 from resnet_fast.testing.networks import randomize_batchnorm_
 
 torchvision = pytest.importorskip("torchvision")
+from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:resnet_fast. candidate:UserWarning")
 
@@ -34,9 +35,25 @@ def _sites_are_taken_as_verified(monkeypatch):
     monkeypatch.setattr(binding, "_generation", binding.generation() + 1)
 
 
+class NarrowResNet(torchvision.models.ResNet):
+    """torchvision's ResNet with an eighth of the width, to keep tests short."""
+
+    def __init__(self):
+        super().__init__(BasicBlock, [2, 1, 1, 1])
+        self.fc = nn.Linear(64, 10)
+
+    def _make_layer(self, block, planes, *args, **options):
+        return super()._make_layer(block, planes // 8, *args, **options)
+
+
+def narrow(seed=0):
+    torch.manual_seed(seed)
+    return randomize_batchnorm_(NarrowResNet(), seed).eval()
+
+
 def network(name, **options):
     torch.manual_seed(0)
-    if name in ("googlenet", "inception_v3"):
+    if name == "googlenet":
         options.setdefault("init_weights", False)
     return randomize_batchnorm_(torchvision.models.get_model(name, weights=None, **options)).eval()
 
@@ -52,10 +69,12 @@ def images(batch=2, size=32, channels=3, seed=0):
 
 @torch.no_grad()
 def assert_same_numbers(accelerated, model, x):
-    """The output of ``accelerated`` is within the budget that ``model`` sets."""
+    """The output of ``accelerated`` is within the budget that ``model`` sets in either layout."""
     truth = copy.deepcopy(model).double()(x.double())
-    verdict = within_budget(accelerated(x), model(x), truth)
-    assert verdict.ok, verdict
+    actual = accelerated(x)
+    layouts = [x, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x]
+    verdicts = [within_budget(actual, model(layout), truth) for layout in layouts]
+    assert any(verdict.ok for verdict in verdicts), verdicts
 
 
 def reports(accelerated):
@@ -106,11 +125,35 @@ class ConvBN(nn.Module):
     ],
 )
 def test_every_convolution_is_matched(name, fused):
-    model, x = network(name), images()
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None)
     accelerated = accelerate(model)
     assert list(reports(accelerated).values()) == ["FUSED"] * fused
     assert list(accelerated.state_dict()) == list(model.state_dict())
-    assert_same_numbers(accelerated, model, x)
+
+
+def short(**options):
+    return torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1], **options)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torchvision.models.resnet18(weights=None),
+        short,
+        lambda: short(groups=32, width_per_group=4),
+        lambda: short(width_per_group=128),
+        lambda: short(replace_stride_with_dilation=[False, True, True]),
+        lambda: torchvision.models.vgg11_bn(weights=None).features,
+        lambda: torchvision.models.mobilenet_v2(weights=None),
+    ],
+    ids=["resnet18", "bottleneck", "resnext", "wide", "dilated", "vgg11_bn", "mobilenet_v2"],
+)
+def test_numbers_are_the_same(build):
+    torch.manual_seed(0)
+    model = tiny(build())
+    accelerated = accelerate(model)
+    assert_same_numbers(accelerated, model, images())
     rows = explain(accelerated).rows
     assert [row["name"] for row in rows] == list(reports(accelerated))
     assert {row["reason"] for row in rows} <= {"OK", "NO_CANDIDATE", "MISMATCH"}
@@ -131,7 +174,7 @@ def test_other_networks_work_and_every_convolution_has_a_reason(name):
 
 
 def test_residual_goes_to_the_main_branch():
-    accelerated = accelerate(network("resnet18"))
+    accelerated = accelerate(narrow())
     assert has_residual(accelerated, "layer2.0.conv2")
     assert not has_residual(accelerated, "layer2.0.downsample.0")
     acts = {path: target.act for path, (_, target) in site_targets(accelerated).items()}
@@ -139,20 +182,26 @@ def test_residual_goes_to_the_main_branch():
     assert acts["layer2.0.conv2"] == "relu"
 
 
+class Auxiliary(ConvBN):
+    def combine(self, x):
+        y = self.relu(self.bn(self.conv(x)))
+        return (y, self.bn2(self.conv2(y))) if self.training else y
+
+
 def test_one_program_a_mode_where_forward_asks_for_the_mode():
-    torch.manual_seed(0)
-    model = torchvision.models.googlenet(weights=None, init_weights=False, aux_logits=True)
+    model, x = tiny(Auxiliary()), images()
     accelerated = accelerate(model)
     programs = accelerated._acceleration.programs
     assert programs[True] is not programs[False]
-    x = images(size=64)
-    accelerated.train()
-    model.train()
-    assert type(accelerated(x)) is type(model(x))
-    accelerated.eval()
-    model.eval()
-    assert isinstance(accelerated(x), torch.Tensor)
+    assert reports(accelerated) == {"conv": "FUSED", "conv2": "FUSED"}
     assert_same_numbers(accelerated, model, x)
+    twin = copy.deepcopy(model).train()
+    accelerated.train()
+    for a, b in zip(accelerated(x), twin(x), strict=True):
+        torch.testing.assert_close(a, b)
+    accelerated.conv.eval()
+    assert len(accelerated(x)) == 2
+    assert_same_numbers(accelerated.eval(), model, x)
 
 
 def test_functional_dropout_follows_the_mode():
@@ -571,7 +620,7 @@ def test_arguments_with_defaults():
 
 
 def test_it_is_the_class_it_was():
-    model = network("resnet18")
+    model = narrow()
     accelerated = accelerate(model)
     assert isinstance(accelerated, type(model))
     assert accelerated is not model
@@ -589,7 +638,7 @@ def test_it_is_the_class_it_was():
 
 
 def test_original_is_left_as_it_was():
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     model.layer1.train()
     modes = [m.training for m in model.modules()]
     with torch.no_grad():
@@ -617,19 +666,19 @@ def test_undo_refuses_anything_else():
 
 
 def test_accelerating_twice_is_accelerating_once():
-    model = network("resnet18")
+    model = narrow()
     once = accelerate(model)
     twice = accelerate(once)
     assert undo(twice) is model
     assert reports(twice) == reports(once)
     assert list(twice.state_dict()) == list(once.state_dict())
-    assert len([m for m in twice.modules() if isinstance(m, FusedSite)]) == 20
+    assert len([m for m in twice.modules() if isinstance(m, FusedSite)]) == len(reports(once))
 
 
 def test_accelerating_a_changed_accelerated_model_keeps_the_change():
-    model = network("resnet18")
+    model = narrow()
     once = accelerate(model)
-    once.fc = nn.Linear(512, 7)
+    once.fc = nn.Linear(64, 7)
     twice = accelerate(once)
     assert undo(twice) is once
     with torch.no_grad():
@@ -637,8 +686,8 @@ def test_accelerating_a_changed_accelerated_model_keeps_the_change():
 
 
 def test_accelerated_model_inside_another():
-    inner = accelerate(network("resnet18"))
-    model = nn.Sequential(inner, nn.Unflatten(1, (10, 10, 10)), nn.Conv2d(10, 4, 1), nn.ReLU())
+    inner = accelerate(narrow())
+    model = nn.Sequential(inner, nn.Unflatten(1, (10, 1, 1)), nn.Conv2d(10, 4, 1), nn.ReLU())
     accelerated = accelerate(model.eval())
     assert set(reports(accelerated).values()) == {"FUSED"}
     assert_same_numbers(accelerated, model, images())
@@ -646,14 +695,14 @@ def test_accelerated_model_inside_another():
 
 
 def test_training_gives_the_reference_gradients_and_statistics():
-    reference = network("resnet18")
+    reference = narrow()
     model = copy.deepcopy(reference)
     accelerated = accelerate(model).train()
     reference.train()
     x, target = images(4, 48), torch.tensor([1, 2, 3, 4])
     losses = []
-    for network_ in (reference, accelerated):
-        loss = F.cross_entropy(network_(x), target)
+    for candidate in (reference, accelerated):
+        loss = F.cross_entropy(candidate(x), target)
         loss.backward()
         losses.append(loss)
     torch.testing.assert_close(*losses)
@@ -667,7 +716,7 @@ def test_training_gives_the_reference_gradients_and_statistics():
 
 
 def test_pickling_and_saving():
-    accelerated, x = accelerate(network("resnet18")), images()
+    accelerated, x = accelerate(narrow()), images()
     buffer = io.BytesIO()
     torch.save(accelerated, buffer)
     buffer.seek(0)
@@ -676,13 +725,13 @@ def test_pickling_and_saving():
     with torch.no_grad():
         assert torch.equal(loaded(x), accelerated(x))
     origin = undo(loaded)
-    assert type(origin) is torchvision.models.ResNet
+    assert type(origin) is NarrowResNet
     assert loaded.fc.weight is origin.fc.weight
     assert loaded.conv1.weight is not accelerated.conv1.weight
 
 
 def test_deepcopy_is_consistent():
-    model = network("resnet18")
+    model = narrow()
     accelerated, x = accelerate(model), images()
     twin = copy.deepcopy(accelerated)
     origin = undo(twin)
@@ -714,7 +763,7 @@ class Pooling(ConvBN):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
 def test_compile_without_graph_breaks(backend):
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     accelerated = accelerate(model)
     with torch.no_grad():
         accelerated(x)
@@ -734,7 +783,7 @@ def test_compile_in_training():
 
 
 def test_export():
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     accelerated = accelerate(model)
     with torch.no_grad():
         accelerated(x)
@@ -746,7 +795,7 @@ def test_export():
 
 
 def test_conversion_keeps_both_consistent():
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     accelerated = accelerate(model)
     assert accelerated.to(torch.bfloat16) is accelerated
     assert accelerated.bn1.running_mean.dtype == torch.bfloat16
@@ -765,9 +814,9 @@ def test_conversion_keeps_both_consistent():
 
 
 def test_conversion_reaches_what_was_added_later():
-    model = network("resnet18")
+    model = narrow()
     accelerated = accelerate(model)
-    accelerated.fc = nn.Linear(512, 7)
+    accelerated.fc = nn.Linear(64, 7)
     accelerated.to(torch.bfloat16)
     assert accelerated.fc.weight.dtype == model.fc.weight.dtype == torch.bfloat16
     with torch.no_grad():
@@ -776,11 +825,11 @@ def test_conversion_reaches_what_was_added_later():
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict(assign):
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     accelerated = accelerate(model)
     with torch.no_grad():
         accelerated(x)
-    other = randomize_batchnorm_(torchvision.models.resnet18(weights=None), seed=9).eval()
+    other = narrow(9)
     state = {key: value.clone() for key, value in other.state_dict().items()}
     accelerated.load_state_dict(state, assign=assign)
     assert_same_numbers(accelerated, other, x)
@@ -790,7 +839,7 @@ def test_load_state_dict(assign):
 
 
 def test_edits_in_place_are_seen():
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     accelerated = accelerate(model)
     with torch.no_grad():
         accelerated(x)
@@ -801,19 +850,19 @@ def test_edits_in_place_are_seen():
 
 
 def test_replaced_modules_are_the_ones_that_run():
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     accelerated = accelerate(model)
     accelerated.fc = nn.Identity()
     with torch.no_grad():
-        assert accelerated(x).shape == (2, 512)
-        accelerated.layer1[0].conv1 = nn.Conv2d(64, 64, 1)
+        assert accelerated(x).shape == (2, 64)
+        accelerated.layer1[0].conv1 = nn.Conv2d(64, 8, 1)
         twin = copy.deepcopy(model)
         twin.fc = nn.Identity()
         twin.layer1[0].conv1 = accelerated.layer1[0].conv1
         torch.testing.assert_close(accelerated(x), twin(x))
         rows = {row["name"]: row["reason"] for row in explain(accelerated).rows}
         assert rows["layer1.0.conv1"] == "REPLACED"
-        accelerated.layer1 = nn.Conv2d(64, 64, 1)
+        accelerated.layer1 = nn.Conv2d(64, 8, 1)
         twin.layer1 = accelerated.layer1
         torch.testing.assert_close(accelerated(x), twin(x))
     assert "REPLACED" in {row["reason"] for row in explain(accelerated).rows}
@@ -825,7 +874,7 @@ def test_replaced_modules_are_the_ones_that_run():
 @pytest.mark.parametrize("where", ["conv1", "bn1", "relu", "layer2", "layer2.0.conv1"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_are_called_as_often_as_before(where, when):
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     calls = []
 
     def hook(module, args, output):
@@ -870,7 +919,7 @@ def test_global_hooks_see_every_module():
 
 
 def test_examples_verify_site_by_site(monkeypatch):
-    model, x = network("resnet18"), images()
+    model, x = narrow(), images()
     forward = FusedSite.forward
 
     def wrong(self, x, conv, bn, residual=None):
@@ -979,7 +1028,7 @@ def test_plan_is_set_for_the_process():
 
 def test_networks_of_this_package_are_fused_already():
     torch.manual_seed(0)
-    model, x = randomize_batchnorm_(models.resnet18()).eval(), images()
+    model, x = randomize_batchnorm_(models.cifar_resnet20()).eval(), images()
     accelerated = accelerate(model)
     assert set(reports(accelerated).values()) == {"ALREADY_FUSED"}
     with torch.no_grad():
@@ -988,7 +1037,7 @@ def test_networks_of_this_package_are_fused_already():
     assert {"ALREADY_FUSED", "OK"} & {row["reason"] for row in rows}
     assert undo(accelerated) is model
     assert [row["name"] for row in explain(model).rows]
-    assert {row["reason"] for row in explain(network("resnet18")).rows} == {"NOT_ACCELERATED"}
+    assert {row["reason"] for row in explain(narrow()).rows} == {"NOT_ACCELERATED"}
 
 
 def test_explanation_prints(capsys):
@@ -1004,7 +1053,7 @@ def test_explanation_prints(capsys):
 
 
 def test_programs_are_plain_data():
-    accelerated = accelerate(network("resnet18"))
+    accelerated = accelerate(narrow())
     program = accelerated._acceleration.programs[False]
     assert isinstance(program, Program)
     kinds = {step.kind for step in program.steps}

@@ -101,8 +101,8 @@ def test_verify(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="plan verification compares at batch 2, where torch's own convolution is oneDNN's and as "
-    "inexact; at batch 1 with C*H*W <= 20480 torch takes a more exact path, which sets the limit",
+    reason="plan verification compares at batch 2, where torch's convolution is oneDNN's too; at "
+    "batch 1 with C*H*W <= 20480 torch takes a more exact path, which then sets the limit",
 )
 def test_verify_small_images_at_batch_1() -> None:
     assert cli.main(["verify", "resnet18", "--size", "64", "--batch", "1"]) == 0

@@ -238,3 +238,25 @@ def test_compile_sees_one_graph(planned):
         plain.conv.weight.mul_(2)
         truth = copy.deepcopy(plain).double()(x.double())
         assert within_budget(compiled(x), plain(x), truth).ok, "stale packed weights"
+
+
+def test_training_in_bf16_keeps_the_parameters_dtype():
+    ours, plain = pair()
+    ours, plain = ours.to(torch.bfloat16).train(), plain.to(torch.bfloat16).train()
+    x = torch.randn(4, 8, 7, 5).bfloat16()
+    wide = copy.deepcopy(plain).double()
+    y, z, truth = ours(x), plain(x), wide(x.double())
+    assert within_budget(y.detach(), z.detach(), truth.detach()).ok
+    y.sum().backward()
+    assert ours.bn.weight.grad.dtype is torch.bfloat16
+    for (name, a), (_, b) in zip(ours.named_buffers(), plain.named_buffers(), strict=True):
+        assert a.dtype is b.dtype, name
+
+
+def test_a_new_eps_is_seen():
+    ours, plain = pair()
+    ours.eval(), plain.eval()
+    x = torch.randn(2, 8, 6, 6)
+    assert_same(ours, plain, x)
+    ours.bn.eps = plain.bn.eps = 0.5
+    assert_same(ours, plain, x)

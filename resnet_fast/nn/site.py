@@ -195,7 +195,11 @@ class FusedSite(nn.Module):
             return self._plain_train(y, bn, residual)
         if residual is not None and residual.dtype is not y.dtype:
             residual = residual.to(y.dtype)
-        out, mean, rstd = ops.bn_act_train(y, bn.weight, bn.bias, residual, bn.eps, self.act)
+        # The op takes its parameters in the accumulator's dtype; a bf16 model holds them in bf16.
+        wide = torch.float64 if y.dtype is torch.float64 else torch.float32
+        weight = None if bn.weight is None else bn.weight.to(wide)
+        bias = None if bn.bias is None else bn.bias.to(wide)
+        out, mean, rstd = ops.bn_act_train(y, weight, bias, residual, bn.eps, self.act)
         if bn.track_running_stats and bn.running_mean is not None:
             self._update_running(bn, y, mean, rstd)
         return out
