@@ -102,13 +102,14 @@ def conv_bn_relu(
     return site(x, conv, bn, residual)
 
 
-def shortcut(site: nn.Module, x: Tensor, downsample: nn.Module | None) -> Tensor:
+def shortcut(site: nn.Module | None, x: Tensor, downsample: nn.Module | None) -> Tensor:
     """The residual branch: identity, a projection ``Sequential(conv, norm)`` at ``site``, or a
     module of its own."""
     if downsample is None:
         return x
     if (
-        type(downsample) is nn.Sequential
+        site is not None
+        and type(downsample) is nn.Sequential
         and len(downsample) == 2
         and not isinstance(x, fx.Proxy)
         and not is_hooked(downsample)
@@ -191,7 +192,7 @@ class BasicBlock(nn.Module):
         self.stride = stride
         self.site1 = FusedSite("relu", "conv1")
         self.site2 = FusedSite("relu", "conv2")
-        self.site_downsample = FusedSite("none", "downsample")
+        self.site_downsample = None if downsample is None else FusedSite("none", "downsample")
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)
@@ -241,7 +242,7 @@ class Bottleneck(nn.Module):
         self.site1 = FusedSite("relu", "conv1")
         self.site2 = FusedSite("relu", "conv2")
         self.site3 = FusedSite("relu", "conv3")
-        self.site_downsample = FusedSite("none", "downsample")
+        self.site_downsample = None if downsample is None else FusedSite("none", "downsample")
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)

@@ -23,6 +23,8 @@ from resnet_fast.plan.site import DTYPES, Site, device_name, dtype_name
 
 _PLAIN_CONV = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
 _PLANNED_DTYPES = frozenset(DTYPES.values())
+# Read once: a tracer would follow the look-up into the file system.
+_CPU_OPS = _library.status()["cpu"].loaded
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -206,7 +208,7 @@ class FusedSite(nn.Module):
 
     @staticmethod
     def _fuses_training(y: Tensor, bn: Any, residual: Tensor | None) -> bool:
-        if y.device.type != "cpu" or not _library.status()["cpu"].loaded:
+        if y.device.type != "cpu" or not _CPU_OPS:
             return False
         if y.dim() < 2 or y.numel() <= y.shape[1]:
             return False  # the framework's own error about one value per channel

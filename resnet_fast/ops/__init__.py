@@ -15,6 +15,13 @@ from resnet_fast.ops.bn_act import bn_act  # noqa: E402
 from resnet_fast.ops.bn_act_train import bn_act_train  # noqa: E402
 from resnet_fast.ops.conv_bn_act import conv_bn_act  # noqa: E402
 
+# The Triton registrations, where torch brings Triton: a saved graph may call them by name.
+from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
+    add_act_triton,
+    bn_act_triton,
+    conv_bn_act_triton,
+)
+
 OPS = ("conv_bn_act", "bn_act", "add_act", "bn_act_train")
 
 __all__ = ["OPS", "add_act", "bn_act", "bn_act_train", "conv_bn_act", "module"]

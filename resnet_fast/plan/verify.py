@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fast.plan.candidate import Candidate, ConvArgs, run_aten
 from resnet_fast.plan.site import DTYPES, Site
-from resnet_fast.testing.budget import Verdict, within_budget
+from resnet_fast.testing.budget import Verdict, error, within_budget
 
 # Two images: enough to show a wrong batch stride, and half the cost of anything larger.
 _BATCH = 2
@@ -56,6 +56,24 @@ def random_inputs(
     return x, ConvArgs(weight, bias, gamma, beta, mean, var, 1e-5, *geometry), residual
 
 
+def _other_layout(x: Tensor, args: ConvArgs, residual: Tensor | None, site: Site) -> Tensor:
+    """The framework's own result in the memory format that ``site`` does not have."""
+    layout = torch.contiguous_format
+    if site.layout == "contiguous" and x.dim() > 3:
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    other = None if residual is None else residual.contiguous(memory_format=layout)
+    return run_aten(x.contiguous(memory_format=layout), args, other, site.act)
+
+
+def _worse(a: Tensor, b: Tensor, truth: Tensor) -> Tensor:
+    """Of two results of the framework's own op, the one with the greater error.
+
+    The framework sums in another order in either memory format, and calls both right; its error in
+    one of them alone, a maximum over few values, is too noisy a standard for fp32.
+    """
+    return a if error(a, truth) >= error(b, truth) else b
+
+
 def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verdict:
     """Compare ``candidate`` with fp64 at ``site``.
 
@@ -76,4 +94,5 @@ def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verd
             return Verdict(False, float("inf"), 0.0)
         if ours.shape != framework.shape or ours.dtype != framework.dtype:
             return Verdict(False, float("inf"), 0.0)
-        return within_budget(ours, framework, truth)
+        standard = _worse(framework, _other_layout(x, args, residual, site), truth)
+        return within_budget(ours, standard, truth)
