@@ -72,8 +72,10 @@ def assert_same_numbers(accelerated, model, x):
     """The output of ``accelerated`` is within the budget that ``model`` sets in either layout."""
     truth = copy.deepcopy(model).double()(x.double())
     actual = accelerated(x)
-    layouts = [x, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x]
-    verdicts = [within_budget(actual, model(layout), truth) for layout in layouts]
+    verdicts = [within_budget(actual, model(x), truth)]
+    if not verdicts[0].ok and x.dim() == 4:
+        again = model(x.contiguous(memory_format=torch.channels_last))
+        verdicts.append(within_budget(actual, again, truth))
     assert any(verdict.ok for verdict in verdicts), verdicts
 
 
