@@ -194,7 +194,7 @@ def _networks(
             size=64 if quick else 224,
             device=device,
             engines=("resnet_fast", "eager", "eager_nhwc"),
-            reps=2 if quick else 6,
+            reps=2 if quick else 4,
             turn_seconds=0.1 if quick else 0.4,
             progress=tell,
         )
@@ -214,7 +214,7 @@ def _print_networks(
     )
     for row in ours:
         what = f"{row['model']} b{row['batch']}"
-        parts.append(f"{what} {row['vs_eager']:.2f}x (error {row['error']:.0e})")
+        parts.append(f"{what} {row['vs_eager']:.2f}x eager (error {row['error']:.0e})")
         _note_slower(slower, what, row["vs_eager"])
         _note_slower(slower, f"{what} beside {row['best_peer']}", row["vs_best_peer"])
     return all(row["within_budget"] for row in ours)
