@@ -5,6 +5,15 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] "
       "stride, int[] padding, int[] dilation, int groups, str act) -> Tensor");
+  m.def("_release_memory() -> int");
+  m.def("_direct_weight(Tensor weight) -> Tensor");
+  m.def(
+      "_direct_conv(Tensor x, Tensor packed, Tensor weight, Tensor? scale, Tensor? shift, Tensor? "
+      "residual, int[] stride, int[] padding, int[] dilation, str act) -> Tensor");
+  m.def("_winograd_weight(Tensor weight, int m) -> Tensor");
+  m.def(
+      "_winograd_conv(Tensor x, Tensor packed, Tensor weight, int m, Tensor? scale, Tensor? shift, "
+      "Tensor? residual, int[] padding, str act) -> Tensor");
   m.def("bn_act(Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, str act) -> Tensor");
   m.def("add_act(Tensor x, Tensor residual, str act) -> Tensor");
   m.def("_add_act_backward(Tensor grad_y, Tensor x, Tensor residual, str act) -> Tensor");

@@ -9,6 +9,7 @@ the original back.
 from __future__ import annotations
 
 from resnet_fast import ops, plan
+from resnet_fast._library import release_memory
 from resnet_fast._version import __version__
 from resnet_fast.errors import (
     AccelerateError,
@@ -67,6 +68,7 @@ __all__ = [
     "ops",
     "plan",
     "refresh",
+    "release_memory",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -17,6 +17,8 @@ from resnet_fast.testing import cases, reordered, shapes
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "resnet_fast"
 PRIVATE = {"add_act": "_add_act_backward", "bn_act_train": "_bn_act_train_backward"}
+# Parts of the registrations that pack weights (resnet_fast/ops/conv_bn_act_<algorithm>.py).
+PARTS = {"_direct_weight", "_direct_conv", "_winograd_weight", "_winograd_conv", "_release_memory"}
 # Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}
 CUDA = {"add_act", "bn_act"}
@@ -60,8 +62,16 @@ def inside(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-def test_schemas_are_the_listed_ops_and_their_backwards() -> None:
-    assert set(schemas()) == set(ops.OPS) | set(PRIVATE.values())
+def test_schemas_are_the_listed_ops_their_backwards_and_parts() -> None:
+    assert set(schemas()) == set(ops.OPS) | set(PRIVATE.values()) | PARTS
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd", "onednn"])
+def test_packing_registrations(algorithm: str) -> None:
+    text = read(f"resnet_fast/ops/conv_bn_act_{algorithm}.py")
+    assert f"_conv_bn_act_{algorithm}" in text and "like_convolution" in text
+    if algorithm != "onednn":
+        assert f'"_{algorithm}_conv"' in read(f"csrc/cpu/conv_bn_act_{algorithm}.cpp")
 
 
 @pytest.mark.parametrize("op", ops.OPS)
@@ -105,9 +115,10 @@ def test_sources(op: str) -> None:
 
 
 def test_no_source_without_an_op() -> None:
-    """A file whose stem is no op's is shared code: it registers nothing."""
+    """A file whose stem is no op's is shared code: it registers nothing (pool: its release)."""
     for file in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]:
-        if not any(file.stem == op or file.stem.startswith(f"{op}_") for op in ops.OPS):
+        owned = any(file.stem == op or file.stem.startswith(f"{op}_") for op in ops.OPS)
+        if not owned and file.stem != "pool":
             assert "STABLE_TORCH_LIBRARY" not in file.read_text(), file.name
 
 

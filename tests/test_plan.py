@@ -14,7 +14,7 @@ from resnet_fast import PlanError, plan
 from resnet_fast.nn.site import FusedSite
 from resnet_fast.plan import binding as binding_module
 from resnet_fast.plan import cache
-from resnet_fast.plan.candidate import CANDIDATES, Candidate, run_aten
+from resnet_fast.plan.candidate import CANDIDATES, Candidate, default_order, run_aten
 from resnet_fast.plan.site import Site, device_name
 from resnet_fast.plan.verify import random_inputs, verify
 
@@ -88,7 +88,7 @@ def test_every_candidate_that_accepts_a_site_is_right_there(name, dtype, act, re
 @pytest.mark.parametrize(
     ("x_shape", "weight_shape"), [((1, 6, 11), (8, 3, 3)), ((1, 6, 5, 4, 7), (8, 3, 3, 1, 3))]
 )
-@pytest.mark.parametrize("name", ["onednn", "native"])
+@pytest.mark.parametrize("name", ["onednn", "native", "direct"])
 def test_one_and_three_dimensions(name, x_shape, weight_shape):
     rank = len(x_shape) - 2
     site = Site(
@@ -111,7 +111,8 @@ def test_a_wrong_candidate_is_rolled_back_and_says_so(monkeypatch):
     def wrong(x, args, residual, act):
         return run_aten(x, args, residual, act) * 1.001
 
-    monkeypatch.setitem(CANDIDATES, "onednn", Candidate("onednn", lambda site: None, wrong, wrong))
+    for name in default_order(SITE)[:-1]:
+        monkeypatch.setitem(CANDIDATES, name, Candidate(name, lambda site: None, wrong, wrong))
     with pytest.warns(UserWarning, match="left the error budget"):
         binding = plan.resolve(SITE, torch.device("cpu"))
     assert binding.candidate.name == "aten"

@@ -11,29 +11,11 @@
 //
 // and multiplies them in register tiles of MR pixels x NR channels. 16-bit inputs are widened while
 // they are gathered and packed; sums stay in fp32 (fp64 for fp64) until the epilogue rounds once.
-#include <algorithm>
-#include <array>
-#include <cstring>
-#include <memory>
-#include <new>
-
-#include "../math/conv_geometry.h"
-#include "../stable.h"
-#include "isa.h"
+#include "gather.h"
+#include "tile.h"
 
 namespace resnet_fast::cpu {
 namespace {
-
-struct Geometry {
-  int64_t batch, channels, filters, groups;
-  std::array<int64_t, 3> in, kernel, out, stride, padding, dilation;  // depth, height, width
-
-  int64_t group_channels() const { return channels / groups; }
-  int64_t group_filters() const { return filters / groups; }
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t depth() const { return taps() * group_channels(); }
-  int64_t pixels() const { return batch * out[0] * out[1] * out[2]; }
-};
 
 constexpr int64_t kPanel = 256;             // columns of x gathered at a time
 constexpr int64_t kBundlePanel = 512;       // the same where several small groups share the gather
@@ -41,113 +23,11 @@ constexpr int64_t kPanelStride = 512 + 16;  // rows apart by an odd number of ca
 constexpr int64_t kStrip = 128;             // output channels a gathered panel serves
 constexpr int64_t kChunk = 98;              // output pixels a task takes at most
 
-// Vector width and register tile by instruction set: MR * 2 accumulators, 2 vectors of weights.
+// Rows of the register tile for what is left of a chunk.
 template <Isa I>
-struct Tile;
-template <>
-struct Tile<Isa::baseline> {
-  static constexpr int kBytes = 16, kRows = 4, kShortRows = 2;
-};
-template <>
-struct Tile<Isa::avx2> {
-  static constexpr int kBytes = 32, kRows = 6, kShortRows = 3;
-};
-template <>
-struct Tile<Isa::avx512> {
-  static constexpr int kBytes = 64, kRows = 14, kShortRows = 7;
-};
+constexpr int kShortRows = I == Isa::avx512 ? 7 : I == Isa::avx2 ? 3 : 2;
 constexpr int64_t kMaxRows = 14;
 constexpr int64_t kPixelRows = kChunk + kMaxRows;  // a last tile may overhang
-
-// Grows only: a task's scratch is reused by the next task and the next call of its thread.
-class Scratch {
- public:
-  template <typename T>
-  T* get(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-    if (bytes > size_) {
-      block_.reset();
-      size_ = 0;
-      block_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(64))));
-      std::memset(block_.get(), 0, bytes);  // overhanging rows are computed, never stored
-      size_ = bytes;
-    }
-    return reinterpret_cast<T*>(block_.get());
-  }
-
- private:
-  struct Free {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<std::byte, Free> block_;
-  size_t size_ = 0;
-};
-
-// Where an output pixel's window starts in x; `image` is the first element of its image.
-struct Window {
-  int64_t image, d, h, w;
-};
-
-Window window_of(const Geometry& g, int64_t pixel) {
-  const int64_t w = pixel % g.out[2];
-  const int64_t h = pixel / g.out[2] % g.out[1];
-  const int64_t d = pixel / (g.out[2] * g.out[1]) % g.out[0];
-  const int64_t n = pixel / (g.out[2] * g.out[1] * g.out[0]);
-  return {n * g.in[0] * g.in[1] * g.in[2] * g.channels, d * g.stride[0] - g.padding[0],
-          h * g.stride[1] - g.padding[1], w * g.stride[2] - g.padding[2]};
-}
-
-template <typename T, typename A>
-RF_INLINE inline void widen_copy(const T* __restrict from, A* __restrict to, int64_t count) {
-  if constexpr (std::is_same_v<T, A>) {
-    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-  }
-}
-
-// Columns [begin, end) of one pixel's row of the gathered matrix, ordered [kd][kh][kw][c], for
-// `width` channels from `channel`. Without dilation along the width and with all channels, the kw
-// taps are one run of memory.
-template <typename T, typename A>
-RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& win, int64_t channel,
-                                 int64_t width, int64_t begin, int64_t end, A* row) {
-  const bool merged = width == g.channels && (g.dilation[2] == 1 || g.kernel[2] == 1);
-  const int64_t run_length = merged ? g.kernel[2] * width : width;
-  const int64_t runs_a_line = merged ? 1 : g.kernel[2];
-  const int64_t first_run = begin / run_length;
-  int64_t from = begin - first_run * run_length;
-  int64_t kw = first_run % runs_a_line;
-  int64_t kh = first_run / runs_a_line % g.kernel[1];
-  int64_t kd = first_run / runs_a_line / g.kernel[1];
-  for (int64_t at = begin; at < end;) {
-    const int64_t to = std::min(run_length, from + (end - at));
-    const int64_t d = win.d + kd * g.dilation[0];
-    const int64_t h = win.h + kh * g.dilation[1];
-    const int64_t w = win.w + kw * g.dilation[2];
-    int64_t lo = to, hi = to;  // the part inside the image; the rest is zero
-    if (d >= 0 && d < g.in[0] && h >= 0 && h < g.in[1]) {
-      lo = std::clamp(-w * width, from, to);
-      hi = std::clamp((g.in[2] - w) * width, lo, to);
-    }
-    A* out = row + (at - begin) - from;
-    for (int64_t i = from; i < lo; ++i) out[i] = A(0);
-    if (hi > lo) {
-      const int64_t base = win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.channels + channel;
-      widen_copy(x + (base + lo), out + lo, hi - lo);
-    }
-    for (int64_t i = hi; i < to; ++i) out[i] = A(0);
-    at += to - from;
-    from = 0;
-    if (++kw == runs_a_line) {
-      kw = 0;
-      if (++kh == g.kernel[1]) {
-        kh = 0;
-        ++kd;
-      }
-    }
-  }
-}
 
 // Packs `filters` filters from weights [K][C/groups][taps] (or [K][taps][C/groups]) as
 // [depth][NR], zeros beyond the last filter.
@@ -268,7 +148,7 @@ RF_INLINE inline void conv_tasks(const Geometry& g, const Operands<T>& o, const 
                                  int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   using Regs = Tile<I>;
-  constexpr int MR = Regs::kRows, kShort = Regs::kShortRows;
+  constexpr int MR = Regs::kRows, kShort = kShortRows<I>;
   const int64_t cg = g.group_channels(), kg = g.group_filters(), nr = cut.nr;
   const int64_t depth = g.depth(), pixels = g.pixels();
   const bool paired = nr * int64_t(sizeof(A)) > Regs::kBytes;
@@ -398,61 +278,6 @@ void depthwise(const Geometry& g, const Operands<T>& o, const Accumulator<T>* we
       }
     });
   });
-}
-
-Geometry checked_geometry(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
-                          IntList dilation, int64_t groups) {
-  STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
-  check_input("x", x);
-  check_input("weight", weight);
-  const int64_t rank = x.dim(), spatial = rank - 2;
-  STD_TORCH_CHECK(rank >= 3 && rank <= 5, "x: expected 3 to 5 dimensions");
-  STD_TORCH_CHECK(weight.dim() == rank, "weight: expected as many dimensions as x");
-  STD_TORCH_CHECK(same_device(weight, x), "weight: expected the device of x");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight: expected the dtype of x");
-  Geometry g{};
-  g.batch = x.size(0);
-  g.channels = x.size(1);
-  g.filters = weight.size(0);
-  g.groups = groups;
-  STD_TORCH_CHECK(g.channels > 0 && g.filters > 0, "x, weight: expected at least one channel");
-  STD_TORCH_CHECK(groups > 0 && g.channels % groups == 0 && g.filters % groups == 0,
-                  "groups: expected a positive divisor of the channels of x and weight");
-  STD_TORCH_CHECK(weight.size(1) == g.channels / groups,
-                  "weight: expected C / groups input channels");
-  for (const auto& [name, list] :
-       {std::pair{"stride", stride}, {"padding", padding}, {"dilation", dilation}}) {
-    STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == spatial, name,
-                    ": expected one value a spatial dimension");
-  }
-  g.in = g.kernel = g.out = g.stride = g.dilation = {1, 1, 1};
-  constexpr int64_t kLimit = int64_t(1) << 31;  // keeps every coordinate far from overflow
-  for (int64_t d = 0; d < spatial; ++d) {
-    const int64_t axis = 3 - spatial + d;
-    g.in[axis] = x.size(2 + d);
-    g.kernel[axis] = weight.size(2 + d);
-    g.stride[axis] = stride[d];
-    g.padding[axis] = padding[d];
-    g.dilation[axis] = dilation[d];
-    STD_TORCH_CHECK(g.stride[axis] > 0 && g.stride[axis] < kLimit, "stride: expected 1 or more");
-    STD_TORCH_CHECK(g.padding[axis] >= 0 && g.padding[axis] < kLimit,
-                    "padding: expected 0 or more");
-    STD_TORCH_CHECK(g.dilation[axis] > 0 && g.dilation[axis] < kLimit,
-                    "dilation: expected 1 or more");
-    STD_TORCH_CHECK(g.kernel[axis] > 0 && g.kernel[axis] < kLimit, "weight: expected taps");
-    g.out[axis] = conv_output_size(g.in[axis], g.kernel[axis], g.stride[axis], g.padding[axis],
-                                   g.dilation[axis]);
-    STD_TORCH_CHECK(g.out[axis] > 0, "weight: the kernel is larger than the padded input");
-  }
-  return g;
-}
-
-// x as dense [N][spatial][C] memory. 1-D tensors pass as height 1.
-Tensor channels_last_memory(const Tensor& t) {
-  if (t.dim() != 3) return as_format(t, channels_last_format(t.dim()));
-  const std::array<int64_t, 4> shape = {t.size(0), t.size(1), 1, t.size(2)};
-  return as_format(torch::stable::reshape(t, IntList(shape.data(), shape.size())),
-                   MemoryFormat::ChannelsLast);
 }
 
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const OptTensor& scale,

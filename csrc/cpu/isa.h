@@ -3,6 +3,10 @@
 // after a lambda's parameters), or the compiler emits it for the baseline.
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
 namespace resnet_fast::cpu {
 
 #define RF_INLINE __attribute__((always_inline))
@@ -49,8 +53,17 @@ void run_avx2(const F& f) {
 }
 #endif
 
+// RESNET_FAST_MAX_ISA = baseline, avx2 or avx512 lowers the set, so that each can be tested on one
+// machine; anything else is ignored.
 inline Isa current_isa() {
-  static const Isa isa = detect_isa();
+  static const Isa isa = [] {
+    const Isa found = detect_isa();
+    const char* limit = std::getenv("RESNET_FAST_MAX_ISA");
+    if (limit == nullptr) return found;
+    const std::string_view name = limit;
+    const Isa most = name == "baseline" ? Isa::baseline : name == "avx2" ? Isa::avx2 : Isa::avx512;
+    return std::min(found, most);
+  }();
   return isa;
 }
 
@@ -63,6 +76,18 @@ void run_on_isa(const F& f) {
       return run_avx2(f);
     default:
       return f(IsaTag<Isa::baseline>{});
+  }
+}
+
+// Calls f compiled for I, which this CPU must have.
+template <Isa I, typename F>
+void run_on(const F& f) {
+  if constexpr (I == Isa::avx512) {
+    run_avx512(f);
+  } else if constexpr (I == Isa::avx2) {
+    run_avx2(f);
+  } else {
+    f(IsaTag<Isa::baseline>{});
   }
 }
 

@@ -133,3 +133,30 @@ def fold(
     if bn_bias is not None:
         shift = shift + bn_bias.to(dtype)
     return scale, shift
+
+
+def like_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+) -> Tensor:
+    """The fake of every registration that packs weights: a channels-last convolution output."""
+    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    out = [
+        (n + 2 * p - d * (r - 1) - 1) // s + 1
+        for n, p, d, r, s in zip(
+            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+        )
+    ]
+    return x.new_empty((x.shape[0], weight.shape[0], *out)).to(memory_format=layout)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.ops import activation
-from resnet_fast.ops._pack import cached, fold
+from resnet_fast.ops._pack import cached, fold, like_convolution
 
 # torch's names for the post-ops that follow a convolution: (attribute, scalars, algorithm).
 _UNARY: dict[str, tuple[str, list[float], str]] = {
@@ -112,31 +112,6 @@ def run(
     return y if act in ("none", "relu") else activation.value(act, y)
 
 
-_op = torch.library.custom_op("resnet_fast::_conv_bn_act_onednn", run, mutates_args=())
-
-
-@_op.register_fake
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    act: str,
-) -> Tensor:
-    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    out = [
-        (n + 2 * p - d * (r - 1) - 1) // s + 1
-        for n, p, d, r, s in zip(
-            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
-        )
-    ]
-    return x.new_empty((x.shape[0], weight.shape[0], *out)).to(memory_format=layout)
+torch.library.custom_op("resnet_fast::_conv_bn_act_onednn", run, mutates_args=()).register_fake(
+    like_convolution
+)

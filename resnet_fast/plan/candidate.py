@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fast import _library
-from resnet_fast.ops import _pack, activation, conv_bn_act_onednn
+from resnet_fast.ops import (
+    _pack,
+    activation,
+    conv_bn_act_direct,
+    conv_bn_act_onednn,
+    conv_bn_act_winograd,
+)
 from resnet_fast.ops._checks import channels_last
 from resnet_fast.plan.site import DTYPES, Site
 
@@ -80,6 +86,11 @@ def _weight(x: Tensor, args: ConvArgs) -> Tensor:
     return _pack.cached(("cast", x.dtype), (args.weight,), lambda: args.weight.to(x.dtype))
 
 
+def _native_absence() -> str | None:
+    status = _library.status().get("cpu")
+    return None if status is not None and status.loaded else "the CPU op library is not loaded"
+
+
 def _never(site: Site) -> str | None:
     return None
 
@@ -113,12 +124,41 @@ def _reject_onednn(site: Site) -> str | None:
     return None
 
 
-def _run_onednn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
-    return conv_bn_act_onednn.run(x, *args[:7], residual, *args[7:], act)
+# Registrations that pack weights take the parameters themselves, eagerly and traced alike.
 
 
-def _trace_onednn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
-    return torch.ops.resnet_fast._conv_bn_act_onednn(x, *args[:7], residual, *args[7:], act)
+def _packing(run: Callable[..., Tensor]) -> Run:
+    return lambda x, args, residual, act: run(x, *args[:7], residual, *args[7:], act)
+
+
+def _packing_traced(op: str) -> Run:
+    def trace(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+        return getattr(torch.ops.resnet_fast, op)(x, *args[:7], residual, *args[7:], act)
+
+    return trace
+
+
+# direct: this package's product over packed weights.
+
+
+def _reject_direct(site: Site) -> str | None:
+    if not site.device.startswith("cpu") or site.dtype != "float32":
+        return "the direct convolution runs on the CPU in fp32"
+    if site.groups != 1 or len(site.x_shape) not in (4, 5):
+        return "the direct convolution is dense, with two or three spatial dimensions"
+    return _native_absence()
+
+
+# winograd2 and winograd4: this package's kernels for 3x3 at stride 1, over transformed weights.
+
+
+def _reject_winograd(site: Site) -> str | None:
+    if not site.device.startswith("cpu") or site.dtype != "float32":
+        return "the Winograd convolution runs on the CPU in fp32"
+    geometry = (site.weight_shape[2:], site.stride, site.dilation, site.groups)
+    if geometry != ((3, 3), (1, 1), (1, 1), 1):
+        return "F(m x m, 3 x 3) is for dense 3x3 kernels at stride 1"
+    return _native_absence()
 
 
 # native and triton: this package's kernels, weights unfolded, scale and shift in the epilogue.
@@ -129,8 +169,7 @@ def _reject_native(site: Site) -> str | None:
         return "the C++ convolution runs on the CPU"
     if site.dtype == "float64":
         return "fp64 is the reference itself, nothing finer is there to verify against"
-    status = _library.status().get("cpu")
-    return None if status is not None and status.loaded else "the CPU op library is not loaded"
+    return _native_absence()
 
 
 def _reject_triton(site: Site) -> str | None:
@@ -235,7 +274,30 @@ def _trace_cudnn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -
 CANDIDATES: dict[str, Candidate] = {
     c.name: c
     for c in (
-        Candidate("onednn", _reject_onednn, _run_onednn, _trace_onednn),
+        Candidate(
+            "winograd4",
+            _reject_winograd,
+            _packing(conv_bn_act_winograd.run4),
+            _packing_traced("_conv_bn_act_winograd4"),
+        ),
+        Candidate(
+            "winograd2",
+            _reject_winograd,
+            _packing(conv_bn_act_winograd.run2),
+            _packing_traced("_conv_bn_act_winograd2"),
+        ),
+        Candidate(
+            "direct",
+            _reject_direct,
+            _packing(conv_bn_act_direct.run),
+            _packing_traced("_conv_bn_act_direct"),
+        ),
+        Candidate(
+            "onednn",
+            _reject_onednn,
+            _packing(conv_bn_act_onednn.run),
+            _packing_traced("_conv_bn_act_onednn"),
+        ),
         Candidate("native", _reject_native, _through(_NATIVE, False), _through(_NATIVE, True)),
         Candidate("triton", _reject_triton, _through(_TRITON, False), _through(_TRITON, True)),
         Candidate("cudnn", _reject_cudnn, _run_cudnn, _trace_cudnn),
@@ -254,5 +316,7 @@ def default_order(site: Site) -> tuple[str, ...]:
     (:func:`resnet_fast.plan.tune`).
     """
     if site.device.startswith("cpu"):
-        return ("onednn", "aten")
+        if min(site.weight_shape[:2]) >= 32 and _reject_winograd(site) is None:
+            return ("winograd4", "winograd2", "direct", "onednn", "aten")
+        return ("direct", "onednn", "aten")
     return ("conv+bn_act", "aten")

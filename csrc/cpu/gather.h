@@ -1,0 +1,172 @@
+// The geometry of a convolution, and rows of the matrix that its windows form.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "../math/conv_geometry.h"
+#include "../stable.h"
+#include "isa.h"
+
+namespace resnet_fast::cpu {
+
+struct Geometry {
+  int64_t batch, channels, filters, groups;
+  std::array<int64_t, 3> in, kernel, out, stride, padding, dilation;  // depth, height, width
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_filters() const { return filters / groups; }
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t depth() const { return taps() * group_channels(); }
+  int64_t pixels() const { return batch * out[0] * out[1] * out[2]; }
+};
+
+// Where an output pixel's window starts in x; `image` is the first element of its image.
+struct Window {
+  int64_t image, d, h, w;
+};
+
+inline Window window_of(const Geometry& g, int64_t pixel) {
+  const int64_t w = pixel % g.out[2];
+  const int64_t h = pixel / g.out[2] % g.out[1];
+  const int64_t d = pixel / (g.out[2] * g.out[1]) % g.out[0];
+  const int64_t n = pixel / (g.out[2] * g.out[1] * g.out[0]);
+  return {n * g.in[0] * g.in[1] * g.in[2] * g.channels, d * g.stride[0] - g.padding[0],
+          h * g.stride[1] - g.padding[1], w * g.stride[2] - g.padding[2]};
+}
+
+template <typename T, typename A>
+RF_INLINE inline void widen_copy(const T* __restrict from, A* __restrict to, int64_t count) {
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+  }
+}
+
+// Columns [begin, end) of one pixel's row of the gathered matrix, ordered [kd][kh][kw][c], for
+// `width` channels from `channel`, as runs of memory: copy(column, element of x, length), and
+// zero(column, length) for what lies outside the image. Without dilation along the width and with
+// all channels, the kw taps are one run.
+template <typename Copy, typename Zero>
+RF_INLINE inline void walk_row(const Geometry& g, const Window& win, int64_t channel, int64_t width,
+                               int64_t begin, int64_t end, const Copy& copy, const Zero& zero) {
+  const bool merged = width == g.channels && (g.dilation[2] == 1 || g.kernel[2] == 1);
+  const int64_t run_length = merged ? g.kernel[2] * width : width;
+  const int64_t runs_a_line = merged ? 1 : g.kernel[2];
+  const int64_t first_run = begin / run_length;
+  int64_t from = begin - first_run * run_length;
+  int64_t kw = first_run % runs_a_line;
+  int64_t kh = first_run / runs_a_line % g.kernel[1];
+  int64_t kd = first_run / runs_a_line / g.kernel[1];
+  for (int64_t at = begin; at < end;) {
+    const int64_t to = std::min(run_length, from + (end - at));
+    const int64_t d = win.d + kd * g.dilation[0];
+    const int64_t h = win.h + kh * g.dilation[1];
+    const int64_t w = win.w + kw * g.dilation[2];
+    int64_t lo = to, hi = to;  // the part inside the image; the rest is zero
+    if (d >= 0 && d < g.in[0] && h >= 0 && h < g.in[1]) {
+      lo = std::clamp(-w * width, from, to);
+      hi = std::clamp((g.in[2] - w) * width, lo, to);
+    }
+    const int64_t column = at - begin - from;
+    if (lo > from) zero(column + from, lo - from);
+    if (hi > lo) {
+      const int64_t base = win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.channels + channel;
+      copy(column + lo, base + lo, hi - lo);
+    }
+    if (to > hi) zero(column + hi, to - hi);
+    at += to - from;
+    from = 0;
+    if (++kw == runs_a_line) {
+      kw = 0;
+      if (++kh == g.kernel[1]) {
+        kh = 0;
+        ++kd;
+      }
+    }
+  }
+}
+
+template <typename T, typename A>
+RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& win, int64_t channel,
+                                 int64_t width, int64_t begin, int64_t end, A* row) {
+  walk_row(
+      g, win, channel, width, begin, end,
+      [&](int64_t column, int64_t element, int64_t length)
+          RF_INLINE { widen_copy(x + element, row + column, length); },
+      [&](int64_t column, int64_t length) RF_INLINE { std::fill_n(row + column, length, A(0)); });
+}
+
+// Brings what gather_row will read into the second-level cache.
+template <typename T>
+RF_INLINE inline void prefetch_row(const Geometry& g, const T* x, const Window& win, int64_t begin,
+                                   int64_t end) {
+  walk_row(
+      g, win, 0, g.channels, begin, end,
+      [&](int64_t, int64_t element, int64_t length) RF_INLINE {
+        const auto* first = reinterpret_cast<const char*>(x + element);
+        const auto* last = reinterpret_cast<const char*>(x + element + length - 1);
+        for (const char* line = first; line < last; line += 64) __builtin_prefetch(line, 0, 2);
+        __builtin_prefetch(last, 0, 2);
+      },
+      [](int64_t, int64_t) RF_INLINE {});
+}
+
+inline Geometry checked_geometry(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
+                          IntList dilation, int64_t groups) {
+  STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
+  check_input("x", x);
+  check_input("weight", weight);
+  const int64_t rank = x.dim(), spatial = rank - 2;
+  STD_TORCH_CHECK(rank >= 3 && rank <= 5, "x: expected 3 to 5 dimensions");
+  STD_TORCH_CHECK(weight.dim() == rank, "weight: expected as many dimensions as x");
+  STD_TORCH_CHECK(same_device(weight, x), "weight: expected the device of x");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight: expected the dtype of x");
+  Geometry g{};
+  g.batch = x.size(0);
+  g.channels = x.size(1);
+  g.filters = weight.size(0);
+  g.groups = groups;
+  STD_TORCH_CHECK(g.channels > 0 && g.filters > 0, "x, weight: expected at least one channel");
+  STD_TORCH_CHECK(groups > 0 && g.channels % groups == 0 && g.filters % groups == 0,
+                  "groups: expected a positive divisor of the channels of x and weight");
+  STD_TORCH_CHECK(weight.size(1) == g.channels / groups,
+                  "weight: expected C / groups input channels");
+  for (const auto& [name, list] :
+       {std::pair{"stride", stride}, {"padding", padding}, {"dilation", dilation}}) {
+    STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == spatial, name,
+                    ": expected one value a spatial dimension");
+  }
+  g.in = g.kernel = g.out = g.stride = g.dilation = {1, 1, 1};
+  constexpr int64_t kLimit = int64_t(1) << 31;  // keeps every coordinate far from overflow
+  for (int64_t d = 0; d < spatial; ++d) {
+    const int64_t axis = 3 - spatial + d;
+    g.in[axis] = x.size(2 + d);
+    g.kernel[axis] = weight.size(2 + d);
+    g.stride[axis] = stride[d];
+    g.padding[axis] = padding[d];
+    g.dilation[axis] = dilation[d];
+    STD_TORCH_CHECK(g.stride[axis] > 0 && g.stride[axis] < kLimit, "stride: expected 1 or more");
+    STD_TORCH_CHECK(g.padding[axis] >= 0 && g.padding[axis] < kLimit,
+                    "padding: expected 0 or more");
+    STD_TORCH_CHECK(g.dilation[axis] > 0 && g.dilation[axis] < kLimit,
+                    "dilation: expected 1 or more");
+    STD_TORCH_CHECK(g.kernel[axis] > 0 && g.kernel[axis] < kLimit, "weight: expected taps");
+    g.out[axis] = conv_output_size(g.in[axis], g.kernel[axis], g.stride[axis], g.padding[axis],
+                                   g.dilation[axis]);
+    STD_TORCH_CHECK(g.out[axis] > 0, "weight: the kernel is larger than the padded input");
+  }
+  return g;
+}
+
+// x as dense [N][spatial][C] memory. 1-D tensors pass as height 1.
+inline Tensor channels_last_memory(const Tensor& t) {
+  if (t.dim() != 3) return as_format(t, channels_last_format(t.dim()));
+  const std::array<int64_t, 4> shape = {t.size(0), t.size(1), 1, t.size(2)};
+  return as_format(torch::stable::reshape(t, IntList(shape.data(), shape.size())),
+                   MemoryFormat::ChannelsLast);
+}
+
+}  // namespace resnet_fast::cpu

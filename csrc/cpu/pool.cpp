@@ -1,0 +1,180 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <new>
+#include <set>
+#include <utility>
+
+namespace resnet_fast::cpu {
+namespace {
+
+constexpr size_t kPooledBytes = size_t(64) << 10;  // smaller blocks are malloc's own business
+constexpr size_t kUnit = size_t(64) << 10;         // blocks are cut at multiples of it
+constexpr size_t kHugePage = size_t(2) << 20;
+
+// Segments from the system, cut into blocks; best fit, and free neighbours grow together, so that
+// layers of any size use the same memory. Segments that are free as a whole go back to the system
+// before a new one would take the pool past half more than was ever in use at once.
+class Pool {
+ public:
+  // Never destroyed: tensors may outlive static destruction.
+  static Pool& instance() {
+    static Pool* pool = new Pool();
+    return *pool;
+  }
+
+  void* take(size_t bytes) {
+    const size_t size = (bytes + kUnit - 1) / kUnit * kUnit;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    most_used_ = std::max(most_used_, used_ + size);
+    auto fit = free_.lower_bound({size, nullptr});
+    if (fit == free_.end()) {
+      add_segment((size + kHugePage - 1) / kHugePage * kHugePage);
+      fit = free_.lower_bound({size, nullptr});
+    }
+    std::byte* start = fit->second;
+    free_.erase(fit);
+    Block& block = blocks_.at(start);
+    if (block.size > size) {
+      insert_free(start + size, {block.size - size, block.segment, true});
+      block.size = size;
+    }
+    block.free = false;
+    used_ += size;
+    return start;
+  }
+
+  void give(void* start) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    auto at = blocks_.find(static_cast<std::byte*>(start));
+    used_ -= at->second.size;
+    at->second.free = true;
+    const auto next = std::next(at);
+    if (next != blocks_.end() && joins(at, next)) {
+      free_.erase({next->second.size, next->first});
+      at->second.size += next->second.size;
+      blocks_.erase(next);
+    }
+    if (at != blocks_.begin() && joins(std::prev(at), at)) {
+      const auto before = std::prev(at);
+      free_.erase({before->second.size, before->first});
+      before->second.size += at->second.size;
+      blocks_.erase(at);
+      at = before;
+    }
+    free_.insert({at->second.size, at->first});
+  }
+
+  size_t release() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const size_t before = held_;
+    drop_free_segments(0);
+    most_used_ = used_;
+    return before - held_;
+  }
+
+ private:
+  struct Block {
+    size_t size;
+    std::byte* segment;
+    bool free;
+  };
+  using Blocks = std::map<std::byte*, Block>;
+
+  Pool() {
+    // A child of fork() must not find the lock held by a thread that it does not have.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+  }
+
+  static bool joins(Blocks::iterator a, Blocks::iterator b) {
+    return a->second.free && b->second.free && a->second.segment == b->second.segment;
+  }
+
+  void insert_free(std::byte* start, Block block) {
+    blocks_.insert({start, block});
+    free_.insert({block.size, start});
+  }
+
+  void add_segment(size_t size) {
+    const size_t bound = most_used_ + most_used_ / 2;
+    drop_free_segments(bound > size ? bound - size : 0);
+    auto* segment = static_cast<std::byte*>(std::aligned_alloc(kHugePage, size));
+    if (segment == nullptr) throw std::bad_alloc();
+    // One fault a 2 MiB page instead of 512, where the system grants it.
+    madvise(segment, size, MADV_HUGEPAGE);
+    segments_.insert({segment, size});
+    held_ += size;
+    insert_free(segment, {size, segment, true});
+  }
+
+  // Gives free segments back until the pool holds `bound` bytes at most.
+  void drop_free_segments(size_t bound) {
+    for (auto at = segments_.begin(); at != segments_.end() && held_ > bound;) {
+      const auto block = blocks_.find(at->first);
+      if (block->second.free && block->second.size == at->second) {
+        free_.erase({at->second, at->first});
+        blocks_.erase(block);
+        held_ -= at->second;
+        std::free(at->first);
+        at = segments_.erase(at);
+      } else {
+        ++at;
+      }
+    }
+  }
+
+  std::mutex mutex_;
+  Blocks blocks_;
+  std::set<std::pair<size_t, std::byte*>> free_;
+  std::map<std::byte*, size_t> segments_;
+  size_t used_ = 0, held_ = 0, most_used_ = 0;
+};
+
+void give_back(void* block) { Pool::instance().give(block); }
+
+}  // namespace
+
+Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& device_of) {
+  const auto rank = static_cast<int64_t>(shape.size());
+  size_t bytes = sizeof(float);
+  for (const int64_t n : shape) bytes *= static_cast<size_t>(n);
+#if defined(__SANITIZE_ADDRESS__)
+  const bool pooled = false;  // reuse would hide accesses to freed memory
+#else
+  const bool pooled = bytes >= kPooledBytes;
+#endif
+  if (!pooled) return empty(shape, ScalarType::Float, device_of, channels_last_format(rank));
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  strides[1] = step;
+  step *= shape[1];
+  for (int64_t d = rank - 1; d >= 2; --d) {
+    strides[d] = step;
+    step *= shape[d];
+  }
+  strides[0] = step;
+  void* block = Pool::instance().take(bytes);
+  try {
+    return torch::stable::from_blob(block, IntList(shape.data(), shape.size()),
+                                    IntList(strides.data(), strides.size()), device_of.device(),
+                                    ScalarType::Float, &give_back);
+  } catch (...) {
+    give_back(block);
+    throw;
+  }
+}
+
+int64_t release_pool() { return static_cast<int64_t>(Pool::instance().release()); }
+
+}  // namespace resnet_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
+  m.impl("_release_memory", TORCH_BOX(&resnet_fast::cpu::release_pool));
+}

@@ -1,0 +1,201 @@
+// What the matrix-product kernels share: scratch memory, register tiles and the product itself.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "../stable.h"
+#include "isa.h"
+
+namespace resnet_fast::cpu {
+
+// Vector width and register tile by instruction set: kRows * 2 sums, 2 vectors of weights.
+template <Isa I>
+struct Tile;
+template <>
+struct Tile<Isa::baseline> {
+  static constexpr int kBytes = 16, kRows = 4;
+};
+template <>
+struct Tile<Isa::avx2> {
+  static constexpr int kBytes = 32, kRows = 6;
+};
+template <>
+struct Tile<Isa::avx512> {
+  static constexpr int kBytes = 64, kRows = 14;
+};
+
+// Grows only: a task's scratch is reused by the next task and the next call of its thread.
+class Scratch {
+ public:
+  template <typename T>
+  T* get(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    if (bytes > size_) {
+      block_.reset();
+      size_ = 0;
+      block_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(64))));
+      std::memset(block_.get(), 0, bytes);  // overhanging rows are computed, never stored
+      size_ = bytes;
+    }
+    return reinterpret_cast<T*>(block_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<std::byte, Free> block_;
+  size_t size_ = 0;
+};
+
+// `total` cut into `parts` pieces that differ by one at most: the first element of piece `i`.
+inline int64_t cut_at(int64_t total, int64_t parts, int64_t i) {
+  return total / parts * i + std::min(i, total % parts);
+}
+
+// Activations that are a clamp to [low, high] can be applied to sums in registers.
+struct Clamp {
+  bool is_clamp;
+  float low, high;
+};
+
+inline Clamp clamp_of(Act act) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  if (act == Act::none) return {true, -kInf, kInf};
+  if (act == Act::relu) return {true, 0, kInf};
+  if (act == Act::relu6) return {true, 0, 6};
+  return {false, -kInf, kInf};
+}
+
+// y = act(sum * scale + shift + residual) for one pixel's filters.
+template <typename ActT>
+RF_INLINE inline void finish_row(ActT, int64_t length, const float* __restrict sums,
+                                 const float* __restrict scale, const float* __restrict shift,
+                                 const float* __restrict residual, float* __restrict y) {
+  if (residual != nullptr) {
+    for (int64_t k = 0; k < length; ++k) {
+      y[k] = activate<ActT::value>(sums[k] * scale[k] + shift[k] + residual[k]);
+    }
+  } else {
+    for (int64_t k = 0; k < length; ++k) {
+      y[k] = activate<ActT::value>(sums[k] * scale[k] + shift[k]);
+    }
+  }
+}
+
+// Runs f(begin, end) over [0, tasks) on torch's threads, compiled for I.
+template <Isa I, typename F>
+void parallel_on(int64_t tasks, const F& f) {
+  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    run_on_isa([&](auto same) RF_INLINE {
+      if constexpr (decltype(same)::value == I) f(begin, end);
+    });
+  });
+}
+
+// Weights are prefetched this many bytes ahead: 32 steps of the product, longer than a miss of the
+// second-level cache takes. Blocks that follow each other lie behind each other in memory.
+constexpr int kAhead = 4096;
+
+// What becomes of a register tile: kept as partial sums, or finished.
+struct TileOut {
+  float* sums;  // [MR][sums_stride]; read where `accumulate`, written where not `last`
+  int64_t sums_stride;
+  bool accumulate, last;
+  // y = clamp(sum * scale + shift + residual): every activation that is a clamp, in registers.
+  const float* scale;
+  const float* shift;
+  const float* residual;  // may be null
+  float* y;
+  int64_t y_stride;  // of residual, too
+  float low, high;
+};
+
+// rows[MR][depth] * packed[depth][2 vectors]. The sums stay in registers; a row's value is
+// broadcast from memory to all lanes.
+template <int kBytes, int MR>
+RF_INLINE inline void multiply_rows(const float* rows, int64_t row_stride, const float* packed,
+                                    int64_t depth, const TileOut& out) {
+  typedef float Vec __attribute__((vector_size(kBytes)));
+  constexpr int kLanes = kBytes / int(sizeof(float)), NV = 2;
+  Vec acc[MR][NV];
+  for (int i = 0; i < MR; ++i) {
+    for (int v = 0; v < NV; ++v) acc[i][v] = Vec{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec b[NV];
+    for (int v = 0; v < NV; ++v) std::memcpy(&b[v], packed + v * kLanes, kBytes);
+    for (int v = 0; v < NV; ++v) {
+      __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead + v * kBytes);
+    }
+    packed += NV * kLanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const float a = rows[i * row_stride + k];
+      for (int v = 0; v < NV; ++v) acc[i][v] += a * b[v];
+    }
+  }
+  if (out.accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      for (int v = 0; v < NV; ++v) {
+        Vec before;
+        std::memcpy(&before, out.sums + i * out.sums_stride + v * kLanes, kBytes);
+        acc[i][v] += before;
+      }
+    }
+  }
+  if (!out.last) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      for (int v = 0; v < NV; ++v) {
+        std::memcpy(out.sums + i * out.sums_stride + v * kLanes, &acc[i][v], kBytes);
+      }
+    }
+    return;
+  }
+  Vec scale[NV], shift[NV];
+  std::memcpy(scale, out.scale, sizeof(scale));
+  std::memcpy(shift, out.shift, sizeof(shift));
+  const Vec low = Vec{} + out.low, high = Vec{} + out.high;
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    for (int v = 0; v < NV; ++v) {
+      Vec z = acc[i][v] * scale[v] + shift[v];
+      if (out.residual != nullptr) {
+        Vec r;
+        std::memcpy(&r, out.residual + i * out.y_stride + v * kLanes, kBytes);
+        z += r;
+      }
+      // NaN fails both comparisons and stays.
+      z = z < low ? low : z;
+      z = z > high ? high : z;
+      std::memcpy(out.y + i * out.y_stride + v * kLanes, &z, kBytes);
+    }
+  }
+}
+
+using MultiplyRows = void (*)(const float* rows, int64_t row_stride, const float* packed,
+                              int64_t depth, const TileOut& out);
+
+// multiply_rows for 1 to kRows rows, at index rows - 1; each compiled once for I and called, so
+// that the kernels around it stay small.
+template <Isa I>
+inline constexpr auto kMultiplyRows = []<int... R>(std::integer_sequence<int, R...>) {
+  return std::array<MultiplyRows, sizeof...(R)>{[](const float* rows, int64_t row_stride,
+                                                   const float* packed, int64_t depth,
+                                                   const TileOut& out) {
+    run_on<I>([&](auto) RF_INLINE {
+      multiply_rows<Tile<I>::kBytes, R + 1>(rows, row_stride, packed, depth, out);
+    });
+  }...};
+}(std::make_integer_sequence<int, Tile<I>::kRows>{});
+
+}  // namespace resnet_fast::cpu

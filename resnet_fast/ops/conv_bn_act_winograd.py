@@ -1,0 +1,97 @@
+"""``conv_bn_act`` for 3×3 kernels at stride 1 by Winograd's minimal filtering (CPU, fp32).
+
+F(2×2, 3×3) takes 2.25 times fewer multiplications than a direct convolution, F(4×4, 3×3) four
+times (Lavin and Gray 2016, arXiv:1509.09308). The transformed weights, computed in fp64 and rounded
+once, are a cache (:mod:`resnet_fast.ops._pack`), which is why these registrations take the
+batch-norm tensors themselves: a graph that calls one always starts from the parameters. Scale,
+shift, residual and activation are applied to the tile while it is in registers.
+
+The transforms subtract inputs from each other; a tile in which that gives an infinity or NaN is
+computed again by the definition, so that special values go where a direct convolution puts them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fast.ops import _checks
+from resnet_fast.ops._pack import cached, fold, like_convolution
+
+# Output rows and columns of a tile, by registration.
+TILES = (2, 4)
+
+
+def _run(
+    m: int,
+    x: Tensor,
+    parameters: tuple,
+    eps: float,
+    residual: Tensor | None,
+    padding: list[int],
+    act: str,
+) -> Tensor:
+    weight = parameters[0]
+    packed, scale, shift = cached(
+        ("winograd", m, eps),
+        parameters,
+        lambda: (
+            torch.ops.resnet_fast._winograd_weight(weight.detach(), m),
+            *fold(*parameters[1:], eps),
+        ),
+    )
+    return torch.ops.resnet_fast._winograd_conv(
+        x, packed, weight, m, scale, shift, residual, padding, act
+    )
+
+
+def run2(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+) -> Tensor:
+    """``act(BN(conv(x, weight) + bias) + residual)`` with running statistics, by F(2×2, 3×3).
+
+    Shapes as :func:`resnet_fast.ops.conv_bn_act` with two spatial dimensions, a 3×3 kernel, stride,
+    dilation and groups of 1; fp32 throughout. The output is channels-last.
+    """
+    parameters = (weight, bias, bn_weight, bn_bias, mean, var)
+    return _run(2, x, parameters, eps, residual, padding, act)
+
+
+def run4(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+) -> Tensor:
+    """:func:`run2` by F(4×4, 3×3): fewer multiplications, and more rounding error."""
+    parameters = (weight, bias, bn_weight, bn_bias, mean, var)
+    return _run(4, x, parameters, eps, residual, padding, act)
+
+
+if _checks.has_op("_winograd_conv"):
+    for _m, _function in ((2, run2), (4, run4)):
+        _name = f"resnet_fast::_conv_bn_act_winograd{_m}"
+        torch.library.custom_op(_name, _function, mutates_args=()).register_fake(like_convolution)
