@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,27 @@ class _Traceable:
         return self._launch(*args, wrap_triton=wrap_triton)
 
 
+@contextmanager
+def _given(schema: str) -> Iterator[None]:
+    """Makes `triton_op` take `schema`; a no-op once torch 2.14 is the oldest torch.
+
+    Before 2.14 it accepts the argument, yet infers a schema from the function, which fails for
+    an object and would say SymInt where the op's contract says int
+    (https://github.com/pytorch/pytorch/pull/188722).
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
+        yield
+        return
+    from torch._library import triton as inner
+
+    inferred = inner.infer_schema
+    inner.infer_schema = lambda *args, **kwargs: schema
+    try:
+        yield
+    finally:
+        inner.infer_schema = inferred
+
+
 def register(name: str, schema: str, module: str, launch: str, jitted: Sequence[str]) -> None:
     """Define resnet_fast::<name> from a launcher of kernels/<module>.py, if Triton is there.
 
@@ -38,7 +60,8 @@ def register(name: str, schema: str, module: str, launch: str, jitted: Sequence[
         return
     rooms = importlib.import_module(f"{kernels.__name__}.{module}")
     qualified = f"resnet_fast::{name}"
-    triton_op(qualified, _Traceable(getattr(rooms, launch)), mutates_args={}, schema=schema)
+    with _given(schema):
+        triton_op(qualified, _Traceable(getattr(rooms, launch)), mutates_args={}, schema=schema)
     try:
         from torch._library.triton import triton_ops_to_kernels
     except ImportError:
