@@ -30,9 +30,9 @@ def resolve(name: str, weights: Any) -> Any:
         from torchvision.models import get_model_weights
     except ImportError as error:
         raise WeightsError(
-            f"argument 'weights': expected None, for torchvision, which defines the pretrained"
-            f" weights, does not import ({error}); got {weights!r}. Load a file with"
-            " resnet_fast.models.load_weights(path, model) instead"
+            f"argument 'weights': {weights!r} needs torchvision, which does not import ({error});"
+            " install the release that goes with this torch, or load a file with"
+            " resnet_fast.models.load_weights(path, model)"
         ) from error
     enum = get_model_weights(name)
     if isinstance(weights, enum):
