@@ -1,0 +1,40 @@
+"""README.md tells the truth: its lines run, its commands and targets exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from resnet_fast import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_lines_of_use_fuse_both_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    # Neither a download nor the full size is needed to see that the lines hold.
+    code = code.replace('weights="DEFAULT"', "weights=None").replace("224, 224", "64, 64")
+    my_model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    names = {"my_model": my_model}
+    exec(code + "\nprint(resnet_fast.explain(model).summary)", names)
+    *table, network = capsys.readouterr().out.splitlines()
+    assert table[-1] == "1 of 1 sites fused" and network == "53 of 53 sites fused"
+
+
+def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    named = set(re.findall(r"resnet-fast ([a-z]+)", README))
+    assert named >= {"info", "verify", "bench", "explain", "demo"}
+    for command in named:
+        assert cli.main([command, "--help"]) == 0
+    capsys.readouterr()
+
+
+def test_make_targets_exist() -> None:
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`(?:[A-Z]+=\S+ )*make ([a-z-]+)", text))
+    assert named and named <= targets
