@@ -18,16 +18,22 @@ EPILOG = "Add --debug to any command for a traceback."
 
 app = typer.Typer(
     name="resnet-fast",
-    help="Fused residual networks: the same numbers, faster, and an account of what ran.",
-    epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+
+def _dtype(name: str) -> str:
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    return short.get(name.removeprefix("torch."), name)
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Network, e.g. resnet50.")]
-Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Dtype = Annotated[
+    str, typer.Option(help="fp32, bf16 or fp16, or torch's name for it.", callback=_dtype)
+]
 Size = Annotated[int | None, typer.Option(help="Side of the square image; default: the network's.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -70,6 +76,24 @@ def _batches(text: str) -> list[int]:
     if not batches or min(batches) < 1:
         raise ArgumentError("batch", "positive numbers such as 1,8", repr(text))
     return batches
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from resnet_fast._version import __version__
+
+        print(f"resnet-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=EPILOG)
+def start(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Fused residual networks: the same numbers in less time, accounted for."""
 
 
 def collect_info() -> dict[str, Any]:
@@ -122,7 +146,10 @@ def collect_info() -> dict[str, Any]:
 
 @app.command(epilog=_examples("info", "info --json | jq .libraries"))
 def info(json_: Json = False) -> None:
-    """Show versions, libraries (and why one is missing), CPU, GPU, kernels and cache."""
+    """Show versions, libraries (or why one is absent), CPU, GPU.
+
+    Also the build, the compiled kernels and the cache. What is absent is no error.
+    """
     facts = collect_info()
     if json_:
         _print_json(facts)
@@ -131,31 +158,43 @@ def info(json_: Json = False) -> None:
 
     table = Table.grid(padding=(0, 2))
 
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {text(item)}" for key, item in value.items())
-        if isinstance(value, list | tuple):
-            return ", ".join(text(item) for item in value)
-        return str(value)
-
     for name, version in facts["versions"].items():
-        table.add_row(name, version or "none")
+        table.add_row(name.replace("torch_cuda", "CUDA of torch"), version or "none")
     table.add_row("commit", facts["commit"] or "not a checkout")
     for name, status in facts["libraries"].items():
         state = f"loaded: {status['path']}" if status["loaded"] else f"absent: {status['reason']}"
         table.add_row(f"library {name}", state)
     table.add_row("CPU", f"{facts['cpu']['model']}, {facts['cpu']['cpus']} usable")
     table.add_row("torch CPU capability", facts["cpu"]["torch_capability"])
-    features = facts["cpu"]["features"]
-    if isinstance(features, dict):
-        features = [name for name, present in features.items() if present]
-    table.add_row("CPU features", text(features) if features else "unknown")
-    table.add_row("GPU", text(facts["gpu"]) if facts["gpu"] else "none")
-    table.add_row("build", text(facts["build"]) if facts["build"] else "not built")
+    features = facts["cpu"]["features"] or {}
+    present = ", ".join(name for name, there in features.items() if there)
+    table.add_row("CPU features", present or "unknown")
+    gpu = facts["gpu"]
+    shown = f"{gpu['name']}, sm {gpu['capability']}, {gpu['memory_gb']} GB" if gpu else "none"
+    table.add_row("GPU", shown)
+    for name, text in _build_rows(facts["build"]):
+        table.add_row(name, text)
+    variants: dict[str, list[str]] = {}
     for kernel in facts["kernels"] or ():
-        table.add_row("kernel", text(kernel))
-    table.add_row("plan cache", facts["cache"])
+        variants.setdefault(kernel["name"].rpartition("/")[0], []).append(kernel["isa"])
+    for name, isas in variants.items():
+        table.add_row("kernel", f"{name}: {', '.join(isas)}")
+    table.add_row("verdict cache", facts["cache"])
     _console().print(table)
+
+
+def _build_rows(build: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if build is None:
+        return [("build", "unknown: the native library is absent")]
+    cuda = f"none: {build['cuda_absence']}"
+    if build["cuda_version"]:
+        cuda = f"{build['cuda_version']} for {build['cuda_arch_list']}"
+    made = f"{build['compiler']}, torch {build['torch_version']}"
+    return [
+        ("build", f"{made}; loads in torch {build['stable_abi_target']} and later"),
+        ("build CUDA", cuda),
+        ("build flags", build["cxx_flags"]),
+    ]
 
 
 @app.command(
@@ -171,15 +210,17 @@ def verify(
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Compare a network and each of its sites with fp64; exit 1 on a mismatch.
+    """Compare a network and each of its sites with fp64.
 
-    Weights are random with randomised BatchNorm statistics. The reference is torchvision's
-    network, or this package's plain one where torchvision is not installed.
+    Exits 1 on a mismatch. Weights are random with randomised BatchNorm statistics. The
+    reference is torchvision's network, or this package's plain one where torchvision is not
+    installed.
     """
     from resnet_fast.verify import verify_model
 
     _check_device(device)
-    result = verify_model(model, dtype, batch, size, device=device)
+    with _status(f"{model} {dtype} in fp64, then site by site"):
+        result = verify_model(model, dtype, batch, size, device=device)
     if json_:
         _print_json(result.to_dict())
     else:
@@ -228,13 +269,14 @@ def bench(
     json_: Annotated[Path | None, typer.Option("--json", help="Write rows and machine.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write rows, one line each.")] = None,
 ) -> None:
-    """Time a network against its peers, interleaved, each in a process of its own.
+    """Time a network against its peers, in turns.
 
-    Reports nothing and exits 1 when this package's output misses its error budget. A ratio
-    above 1 means that the row is faster than what it is compared with.
+    Each runs in a process of its own. Reports nothing and exits 1 when this package's output
+    misses its error budget. A ratio above 1 means that the row is faster than what it is
+    compared with.
     """
     from resnet_fast.bench import bench as run_bench
-    from resnet_fast.bench.report import save_csv, save_json, table
+    from resnet_fast.bench.report import notes, save_csv, save_json, table
     from resnet_fast.errors import ArgumentError
 
     _check_device(device)
@@ -264,14 +306,17 @@ def bench(
     if csv is not None:
         save_csv(result, csv)
     console.print(table(result["rows"]))
-    facts = result["environment"]
-    console.print(
-        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
-        f"commit {facts['commit'] or 'none'}, {facts['date']}",
-        highlight=False,
-    )
+    for note in notes(result["rows"]):
+        console.print(note, highlight=False, markup=False)
     if any(row.get("within_budget") is False for row in result["rows"]):
         console.print("! this peer's output is outside the error budget", highlight=False)
+    facts = result["environment"]
+    commit = f" at {facts['commit']}" if facts["commit"] else ""
+    console.print(
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"resnet_fast {facts['resnet_fast']}{commit}, {facts['date']}",
+        highlight=False,
+    )
 
 
 class _status:
@@ -295,7 +340,11 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Small inputs, under a minute.")] = False,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
 ) -> None:
-    """Real digits, ResNet-18 and -50 against eager, and what was fused: in under five minutes."""
+    """Take the tour: digits, networks against eager, what was fused.
+
+    Handwritten digits through a trained network, ResNet-18 and -50 against eager, and a row for
+    each fused site: in under five minutes.
+    """
     from resnet_fast.demo import run_demo
 
     if device is not None:
@@ -313,13 +362,14 @@ def explain(
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Show one row a site: what was fused, by which candidate, or why not."""
+    """Show one row a site: what runs there, or why nothing is fused."""
     _check_device(device)
-    rows = explain_rows(model, batch, dtype, size, device)
+    with _status(f"verifying the sites of {model}"):
+        rows = explain_rows(model, batch, dtype, size, device)
     if json_:
         _print_json(rows)
     else:
-        _console().print(rows_table(rows))
+        print_rows(rows, _console())
 
 
 def explain_rows(
@@ -329,6 +379,7 @@ def explain_rows(
     import torch
 
     from resnet_fast import verify as verification
+    from resnet_fast.fuse.explain import complete
 
     torch_dtype = verification.dtype_from_name(dtype)
     network = verification.build_model(model).to(device=device, dtype=torch_dtype)
@@ -338,22 +389,25 @@ def explain_rows(
         network(x)
     # A block without a projection never calls the site of one: no convolution stands behind it.
     return [
-        {**row, "name": place}
+        complete({**row, "name": place})
         for place, site in verification.sites_by_place(network)
         for row in site.rows()
         if row["reason"] != "NOT_RUN"
     ]
 
 
-def rows_table(rows: Sequence[dict[str, Any]]) -> Any:
-    """Site rows as a rich table."""
+def print_rows(rows: list[dict[str, Any]], console: Any) -> None:
+    """Print site rows as a table, what their reasons mean and how many are fused."""
     from rich.table import Table
+
+    from resnet_fast.fuse.explain import Explanation
 
     table = Table(box=None, pad_edge=False)
     headings = ("site", "op", "input", "weight", "act", "candidate", "reason")
     for heading in headings:
         table.add_column(heading, no_wrap=heading in ("site", "candidate"))
-    for heading in ("error", "limit", "us", "MB"):
+    timed = any(row.get("microseconds") is not None for row in rows)
+    for heading in ("error", "limit", *(("us",) if timed else ()), "MB"):
         table.add_column(heading, justify="right")
 
     def shape(value: Any) -> str:
@@ -375,10 +429,14 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> Any:
             str(row.get("reason") or "-"),
             number(row.get("error"), ".1e"),
             number(row.get("limit"), ".1e"),
-            number(row.get("microseconds"), ".0f"),
+            *((number(row.get("microseconds"), ".0f"),) if timed else ()),
             number(size / 1e6 if size else None, ".2f"),
         )
-    return table
+    console.print(table)
+    told = Explanation(rows)
+    for code, meaning in told.meanings.items():
+        console.print(f"{code}: {meaning}", highlight=False, markup=False)
+    console.print(told.summary, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -204,14 +204,12 @@ def _networks(
 def _print_networks(
     rows: list[dict[str, Any]], console: Console, parts: list[str], slower: list[str]
 ) -> bool:
-    from resnet_fast.bench.report import table
+    from resnet_fast.bench.report import notes, table
 
     console.print(table(rows))
     ours = [row for row in rows if row["engine"] == "resnet_fast"]
-    console.print(
-        f"eager is {ours[0]['reference']}; error is the worst over the outputs, against fp64",
-        highlight=False,
-    )
+    for note in notes(rows):
+        console.print(note, highlight=False, markup=False)
     for row in ours:
         what = f"{row['model']} b{row['batch']}"
         parts.append(f"{what} {row['vs_eager']:.2f}x eager (error {row['error']:.0e})")
@@ -221,7 +219,7 @@ def _print_networks(
 
 
 def _explain(quick: bool, device: str, console: Console) -> None:
-    from resnet_fast.cli import explain_rows, rows_table
+    from resnet_fast.cli import explain_rows, print_rows
 
     dtype = "fp16" if device == "cuda" else "fp32"
-    console.print(rows_table(explain_rows("resnet18", 1, dtype, 64 if quick else None, device)))
+    print_rows(explain_rows("resnet18", 1, dtype, 64 if quick else None, device), console)

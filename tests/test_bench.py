@@ -13,7 +13,7 @@ import torch
 
 from resnet_fast.bench import BenchError, bench, bench_model, runner
 from resnet_fast.bench.engines import ENGINES, OURS, CudnnFused
-from resnet_fast.bench.report import percentile, save_csv, save_json, summarise, table
+from resnet_fast.bench.report import notes, percentile, save_csv, save_json, summarise, table
 
 CASE = {"model": "resnet18", "batch": 2, "dtype": "fp32", "size": 64}
 
@@ -51,6 +51,14 @@ def test_report_files(tmp_path: Path) -> None:
     header, line = (tmp_path / "a.csv").read_text().splitlines()
     assert header.startswith("model,batch") and line.startswith("resnet18,2")
     assert table(result["rows"]).row_count == 1
+
+
+def test_an_absent_peer_is_named_below_the_table() -> None:
+    info = {"unavailable": "not installed (pip install openvino)"}
+    rows = summarise(CASE, [("openvino", [], info)]) * 2
+    (median,) = (c for c in table(rows).columns if c.header == "median ms")
+    assert list(median.cells) == ["unavailable"] * 2
+    assert notes(rows) == ["openvino is unavailable: not installed (pip install openvino)"]
 
 
 def test_quick_bench_in_workers(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fast import cli, verify
+from resnet_fast import __version__, cli, verify
 from resnet_fast.bench import BenchError
 
 
@@ -31,6 +31,16 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert "Usage: resnet-fast" in out and f"$ resnet-fast {command}" in out
+
+
+def test_summaries_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"resnet-fast {__version__}\n"
 
 
 def test_module_and_no_arguments() -> None:
@@ -87,7 +97,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     for library in facts["libraries"].values():
         assert library["loaded"] or library["reason"]
     assert cli.main(["info"]) == 0
-    assert facts["cache"].split("/")[-1] in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert facts["cache"].split("/")[-1] in text
+    assert "None" not in text and text.count("cpu/conv_bn_act/depthwise") == 1
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
@@ -97,6 +109,13 @@ def test_verify(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     assert result["ok"] and len(result["sites"]) == 20
     assert result["network"]["error"] <= result["network"]["limit"]
+
+
+def test_torch_names_of_dtypes(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("bfloat16", "torch.bfloat16"):
+        arguments = ["verify", "resnet18", "--dtype", name, "--size", "32", "--json"]
+        assert cli.main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["dtype"] == "bf16"
 
 
 @pytest.mark.xfail(
@@ -134,7 +153,10 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(rows) == 20 and all(row["candidate"] and row["reason"] for row in rows)
     assert len({row["name"] for row in rows}) == 20
     assert cli.main(["explain", "resnet18", "--size", "64"]) == 0
-    assert "layer4.1.conv2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "layer4.1.conv2" in out and "OK: the candidate was verified" in out
+    assert " us " not in out.splitlines()[0]  # nothing was timed
+    assert out.splitlines()[-1] == "20 of 20 sites fused"
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +167,8 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(files[0].read_text())
     assert [row["engine"] for row in result["rows"]] == ["resnet_fast", "eager", "eager_nhwc"]
     assert len(files[1].read_text().splitlines()) == 4
-    assert "vs best peer" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "vs best peer" in out and f"resnet_fast {__version__}" in out.splitlines()[-1]
 
 
 def test_bench_refuses_red(

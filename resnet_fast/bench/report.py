@@ -223,7 +223,7 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         network = f"{row['model']} {row['dtype']} b{row['batch']}"
         if "median_ms" not in row:
-            out.add_row(network, row["engine"], f"{row['status']}: {row['reason']}")
+            out.add_row(network, row["engine"], row["status"])
             continue
         memory = row.get("cuda_peak_mb", row.get("run_peak_mb"))
         out.add_row(
@@ -238,3 +238,15 @@ def table(rows: Sequence[Row]) -> Table:
             f"{memory:.0f}" if memory else "-",
         )
     return out
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Lines below the table: why an engine was not timed, and what the others compare with."""
+    lines = [
+        f"{row['engine']} is {row['status']}: {row['reason']}"
+        for row in rows
+        if "median_ms" not in row
+    ]
+    references = [row["reference"] for row in rows if "reference" in row]
+    lines += [f"eager is {name}; error is the worst output's, against fp64" for name in references]
+    return list(dict.fromkeys(lines))

@@ -135,7 +135,7 @@ def explain(model: nn.Module) -> Explanation:
     carried = {id(site) for conv in conv_paths(model).values() for site in conv.children()}
     if any(is_site(module) and id(module) not in carried for module in model.modules()):
         rows += [
-            _complete(row)
+            complete(row)
             for row in model_rows(model)
             if row["name"] not in state.reports or state.reports[row["name"]].reason != "FUSED"
         ]
@@ -143,7 +143,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _plain(model: nn.Module) -> Explanation:
-    rows = [_complete(row) for row in model_rows(model)]
+    rows = [complete(row) for row in model_rows(model)]
     if not rows:
         rows = [_row(path, conv, "NOT_ACCELERATED") for path, conv in conv_paths(model).items()]
     return Explanation(rows)
@@ -178,7 +178,7 @@ def _site_rows(path: str, conv: nn.Module, note: str) -> list[dict[str, Any]]:
         row["name"] = path
         if note:
             row["notes"] = "; ".join(t for t in (row.get("notes"), REASONS[note]) if t)
-    return [_complete(row) for row in ran]
+    return [complete(row) for row in ran]
 
 
 def _row(path: str, conv: nn.Module, reason: str, detail: str = "") -> dict[str, Any]:
@@ -198,7 +198,8 @@ def _row(path: str, conv: nn.Module, reason: str, detail: str = "") -> dict[str,
     return row | {"fused": False}
 
 
-def _complete(row: dict[str, Any]) -> dict[str, Any]:
+def complete(row: dict[str, Any]) -> dict[str, Any]:
+    """A site's row with every field, its reason's meaning and whether a fused call stands there."""
     full: dict[str, Any] = dict.fromkeys(_FIELDS) | row
     full["meaning"] = full["meaning"] or PLAN_REASONS.get(str(full["reason"]), "")
     return full | {"fused": full["candidate"] not in (None, "aten") or full["reason"] == "TRAINING"}
