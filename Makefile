@@ -1,13 +1,14 @@
 # Each target is one or two commands that can be typed by hand; README.md says how.
 PYTHON ?= python3
 VENV   ?= .venv
+TORCH  ?= 2.11.0
 
 python  := $(VENV)/bin/python
 pip     := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 sources := setup.py $(shell find csrc -type f)
 cpp     := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint wheel asan clean
+.PHONY: demo test bench lint wheel wheel-check asan clean
 
 demo: $(VENV)/.built
 	$(python) -m resnet_fast demo
@@ -26,6 +27,9 @@ lint: $(VENV)/.built
 
 wheel: $(VENV)/.built
 	$(python) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+wheel-check: wheel
+	.ci/wheel-check $(TORCH) $(python)
 
 # The CPU library under AddressSanitizer, built beside the ordinary one, against the op contract.
 # Python leaks by design at exit, and its allocator would hide overruns from the sanitizer.
