@@ -65,10 +65,11 @@ if HOME is not None:
     os.environ["CUDA_HOME"] = str(HOME)  # before torch guesses
 
 try:
+    import pybind11
     import torch
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 except ImportError as error:
-    sys.exit(f"resnet_fast: torch cannot be imported by this build: {error}\n{BUILD_ADVICE}")
+    sys.exit(f"resnet_fast: {error.name or 'torch'} cannot be imported: {error}\n{BUILD_ADVICE}")
 
 
 def cuda_absence() -> str | None:
@@ -188,8 +189,6 @@ def cuda_library() -> Extension:
 
 
 def native_module() -> Extension:
-    import pybind11
-
     compile_args = [*CXX_FLAGS, "-O2", "-g0", "-isystem", pybind11.get_include()]
     compile_args += ["-isystem", sysconfig.get_paths()["include"]]
     return Extension(
