@@ -38,3 +38,9 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"`(?:[A-Z]+=\S+ )*make ([a-z-]+)", text))
     assert named and named <= targets
+
+
+def test_no_install_fetches_a_torch_of_its_own() -> None:
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    built = re.findall(r"pip (?:install|wheel)[^`\n]* (?:-e )?'?\.(?=[\[`\s])[^`\n]*", text)
+    assert len(built) >= 3 and all("--no-build-isolation" in line for line in built)
