@@ -398,17 +398,30 @@ def explain_rows(
 
 def print_rows(rows: list[dict[str, Any]], console: Any) -> None:
     """Print site rows as a table, what their reasons mean and how many are fused."""
-    from rich.table import Table
-
     from resnet_fast.fuse.explain import Explanation
 
-    table = Table(box=None, pad_edge=False)
-    headings = ("site", "op", "input", "weight", "act", "candidate", "reason")
-    for heading in headings:
-        table.add_column(heading, no_wrap=heading in ("site", "candidate"))
+    table = _rows_table(rows, ("op", "input", "weight", "act"))
+    unbounded = console.options.update(max_width=1000)
+    narrow = console.measure(table, options=unbounded).maximum > console.width
+    console.print(_rows_table(rows, ()) if narrow else table)
+    if narrow:
+        console.print("op, input, weight and act: in a wider terminal, or by --json")
+    told = Explanation(rows)
+    for code, meaning in told.meanings.items():
+        console.print(f"{code}: {meaning}", highlight=False, markup=False)
+    console.print(told.summary, highlight=False)
+
+
+def _rows_table(rows: list[dict[str, Any]], described: tuple[str, ...]) -> Any:
+    from rich.table import Table
+
     timed = any(row.get("microseconds") is not None for row in rows)
-    for heading in ("error", "limit", *(("us",) if timed else ()), "MB"):
-        table.add_column(heading, justify="right")
+    figures = ("error", "limit", *(("us",) if timed else ()), "MB")
+    headings = ("site", *described, "candidate", "reason", *figures)
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        justify: Any = "right" if heading in figures else "left"
+        table.add_column(heading, justify=justify, no_wrap=True)
 
     def shape(value: Any) -> str:
         return "x".join(map(str, value)) if value else "-"
@@ -417,26 +430,22 @@ def print_rows(rows: list[dict[str, Any]], console: Any) -> None:
         return format(value, form) if isinstance(value, int | float) else "-"
 
     for row in rows:
-        act = f"{row['act']}" + (" + residual" if row.get("residual") else "")
         size = row.get("bytes")
-        table.add_row(
-            str(row["name"]),
-            str(row["op"]),
-            shape(row.get("x_shape")),
-            shape(row.get("weight_shape")),
-            act,
-            str(row["candidate"]),
-            str(row.get("reason") or "-"),
-            number(row.get("error"), ".1e"),
-            number(row.get("limit"), ".1e"),
-            *((number(row.get("microseconds"), ".0f"),) if timed else ()),
-            number(size / 1e6 if size else None, ".2f"),
-        )
-    console.print(table)
-    told = Explanation(rows)
-    for code, meaning in told.meanings.items():
-        console.print(f"{code}: {meaning}", highlight=False, markup=False)
-    console.print(told.summary, highlight=False)
+        cells = {
+            "site": str(row["name"]),
+            "op": str(row["op"]),
+            "input": shape(row.get("x_shape")),
+            "weight": shape(row.get("weight_shape")),
+            "act": f"{row['act']}" + (" + residual" if row.get("residual") else ""),
+            "candidate": str(row["candidate"]),
+            "reason": str(row.get("reason") or "-"),
+            "error": number(row.get("error"), ".1e"),
+            "limit": number(row.get("limit"), ".1e"),
+            "us": number(row.get("microseconds"), ".0f"),
+            "MB": number(size / 1e6 if size else None, ".2f"),
+        }
+        table.add_row(*(cells[heading] for heading in headings))
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:

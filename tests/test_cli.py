@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from resnet_fast import __version__, cli, verify
 from resnet_fast.bench import BenchError
@@ -157,6 +159,19 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layer4.1.conv2" in out and "OK: the candidate was verified" in out
     assert " us " not in out.splitlines()[0]  # nothing was timed
     assert out.splitlines()[-1] == "20 of 20 sites fused"
+
+
+def test_explain_fits_a_narrow_terminal() -> None:
+    row = {"name": "layer1.0.downsample", "op": "conv_bn_act", "x_shape": (1, 128, 28, 28)}
+    row |= {"weight_shape": (128, 128, 3, 3), "act": "relu", "residual": True}
+    row |= {"candidate": "onednn", "reason": "OK", "meaning": "", "fused": True}
+    row |= {"error": 1e-6, "limit": 1e-5, "bytes": 10_000_000}
+    for width, whole in ((80, False), (160, True)):
+        out = io.StringIO()
+        cli.print_rows([row], Console(file=out, width=width))
+        heading, line = out.getvalue().splitlines()[:2]
+        assert "…" not in line and line.split()[-3:] == ["1.0e-06", "1.0e-05", "10.00"]
+        assert ("1x128x28x28" in line and "weight" in heading) == whole
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
