@@ -173,6 +173,18 @@ uint64_t fingerprint(const std::vector<std::pair<uint64_t, uint64_t>>& buffers) 
   return h;
 }
 
+// Live memory and the fingerprint it had: one call tells whether it still has it.
+class Watch {
+ public:
+  explicit Watch(std::vector<std::pair<uint64_t, uint64_t>> buffers)
+      : buffers_(std::move(buffers)), value_(fingerprint(buffers_)) {}
+  bool unchanged() const { return fingerprint(buffers_) == value_; }
+
+ private:
+  std::vector<std::pair<uint64_t, uint64_t>> buffers_;
+  uint64_t value_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -183,4 +195,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("kernel_variants", &kernel_variants, "Compiled kernels: name, op, device, isa.");
   m.def("fingerprint", &fingerprint, py::arg("buffers"),
         "Change detector over (address, bytes) pairs of live CPU memory, as a 64-bit integer.");
+  py::class_<Watch>(m, "Watch", "The fingerprint of live CPU memory, to be compared again.")
+      .def(py::init<std::vector<std::pair<uint64_t, uint64_t>>>(), py::arg("buffers"))
+      .def("unchanged", &Watch::unchanged, "Whether the memory, which must still be live, is as it was.");
 }

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast import _library, ops
 from resnet_fast.errors import ArgumentError
+from resnet_fast.nn.prepared import Prepared, hooks_of
 from resnet_fast.ops import activation
 from resnet_fast.ops.activation import ACTIVATIONS
 from resnet_fast.plan import binding as _binding
@@ -28,12 +29,7 @@ _CPU_OPS = _library.status()["cpu"].loaded
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
 
 
 def _is_frozen_norm(norm: nn.Module) -> bool:
@@ -81,11 +77,12 @@ class FusedSite(nn.Module):
         # By what a tracer can know: which candidate runs for a dtype, residual and device.
         self._traced: dict[Any, str] = {}
         self._framework: dict[str, tuple[Any, ...]] = {}
+        self._prepared: dict[Any, Prepared] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Bindings belong to this process; a copy or an unpickled site plans afresh.
         state = self.__dict__.copy()
-        for key in ("_bindings", "_traced", "_framework"):
+        for key in ("_bindings", "_traced", "_framework", "_prepared"):
             state[key] = {}
         state["_generation"] = -1
         return state
@@ -104,6 +101,10 @@ class FusedSite(nn.Module):
             bn: a batch norm over the convolution's channels, or None.
             residual: added before the activation, of the output's shape.
         """
+        if not torch.compiler.is_compiling():
+            prepared = self._prepared.get((x.shape[1:], residual is None))
+            if prepared is not None and prepared.holds(x, conv, bn, residual):
+                return prepared.call(x, residual)
         reason = self._why_not(x, conv, bn)
         if reason == "TRAINING":
             return self._train(x, conv, bn, residual)
@@ -118,7 +119,9 @@ class FusedSite(nn.Module):
         args = self._args(conv, bn)
         if torch.compiler.is_compiling():
             return self._trace(x, args, residual)
-        return self._planned(x, args, residual)
+        y = self._planned(x, args, residual)
+        self._prepare(x, args, conv, bn, residual, y)
+        return y
 
     # What the fused calls do not cover.
 
@@ -261,7 +264,32 @@ class FusedSite(nn.Module):
         if self._generation != _binding.generation():
             self._bindings.clear()
             self._generation = _binding.generation()
-        key = (
+        key = self._key(x, args, residual)
+        found = self._bindings.get(key)
+        if found is None or _binding.tuning() is not None:
+            found = self._bind(key, x, args, residual)
+        return found[0].candidate.run(x, args, residual, self.act)
+
+    def _prepare(
+        self, x: Tensor, args: ConvArgs, conv: Any, bn: Any, residual: Tensor | None, y: Tensor
+    ) -> None:
+        candidate = self._bindings[self._key(x, args, residual)][0].candidate
+        if (
+            candidate.prepare is None
+            or torch.is_autocast_enabled(x.device.type)
+            or any(t is not None and t.is_inference() for t in args.tensors)
+        ):
+            return
+        watched = (bn,) if bn is not None else ()
+        if not getattr(conv, "leads_into_site", False):
+            watched += (conv,)
+        self._prepared[(x.shape[1:], residual is None)] = Prepared(
+            x, conv, bn, watched, tuple(y.shape[1:]), candidate.prepare(x, args, self.act)
+        )
+
+    @staticmethod
+    def _key(x: Tensor, args: ConvArgs, residual: Tensor | None) -> Any:
+        return (
             x.shape[1:],
             x.dtype,
             x.is_contiguous(),
@@ -270,10 +298,6 @@ class FusedSite(nn.Module):
             args.weight.shape,
             x.device,
         )
-        found = self._bindings.get(key)
-        if found is None or _binding.tuning() is not None:
-            found = self._bind(key, x, args, residual)
-        return found[0].candidate.run(x, args, residual, self.act)
 
     def _bind(
         self, key: Any, x: Tensor, args: ConvArgs, residual: Tensor | None

@@ -18,20 +18,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from resnet_fast import _library
 
+# A convolution with everything but input and residual bound.
+Call = Callable[[Tensor, Tensor | None], Tensor]
+
 # Sweep for dead entries after this many insertions: rare enough to be free, frequent enough that
 # a discarded model gives its packed weights back.
 _SWEEP_EVERY = 64
 
 
 class _Entry:
-    __slots__ = ("fingerprint", "sources", "value")
+    __slots__ = ("sources", "value", "watch")
 
-    def __init__(self, tensors: Sequence[Tensor | None], fingerprint: int | None, value: Any):
+    def __init__(self, tensors: Sequence[Tensor | None], value: Any):
         self.sources = tuple(
             None if t is None else (t.data_ptr(), t._version, StorageWeakRef(t.untyped_storage()))
             for t in tensors
         )
-        self.fingerprint = fingerprint
+        self.watch = watch(tensors)
         self.value = value
 
     def matches(self, tensors: Sequence[Tensor | None]) -> bool:
@@ -45,7 +48,8 @@ class _Entry:
                 or source[2].expired()
             ):
                 return False
-        return True
+        # Last: it reads the memory, which the tests above have shown to be there.
+        return self.watch is None or self.watch.unchanged()
 
     def dead(self) -> bool:
         return any(source is not None and source[2].expired() for source in self.sources)
@@ -56,7 +60,12 @@ _lock = threading.Lock()
 _insertions = 0
 
 
-def _fingerprint(tensors: Sequence[Tensor | None]) -> int | None:
+def watch(tensors: Sequence[Tensor | None]) -> Any:
+    """The content fingerprint of the CPU tensors among ``tensors``, for ``unchanged()`` to compare.
+
+    Edits through ``.data`` leave the version counter alone; this sees them. ``unchanged()`` reads
+    the memory, so the tensors must still be where they were. None without the native module.
+    """
     native = _library.native()
     if native is None:
         return None
@@ -67,7 +76,7 @@ def _fingerprint(tensors: Sequence[Tensor | None]) -> int | None:
         for t in tensors
         if t is not None and t.device.type == "cpu"
     ]
-    return native.fingerprint(spans) if spans else None
+    return native.Watch(spans) if spans else None
 
 
 def cached(kind: Hashable, tensors: Sequence[Tensor | None], build: Callable[[], Any]) -> Any:
@@ -87,13 +96,12 @@ def cached(kind: Hashable, tensors: Sequence[Tensor | None], build: Callable[[],
         return build()
     key = (kind, first.data_ptr(), first.dtype, first.shape)
     entry = _entries.get(key)
-    fingerprint = _fingerprint(tensors)
-    if entry is not None and entry.fingerprint == fingerprint and entry.matches(tensors):
+    if entry is not None and entry.matches(tensors):
         return entry.value
     # Outside inference mode: a cached value made inside it could not be used by a later traced
     # or differentiated call.
     with torch.inference_mode(False), torch.no_grad():
-        entry = _Entry(tensors, fingerprint, build())
+        entry = _Entry(tensors, build())
     with _lock:
         _entries[key] = entry
         _insertions += 1

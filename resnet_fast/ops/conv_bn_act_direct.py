@@ -12,7 +12,39 @@ import torch
 from torch import Tensor
 
 from resnet_fast.ops import _checks
-from resnet_fast.ops._pack import cached, fold, like_convolution
+from resnet_fast.ops._pack import Call, cached, fold, like_convolution
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+) -> Call:
+    """:func:`run` for inputs like ``x``, the weights packed: call it with input and residual."""
+    packed, scale, shift = cached(
+        ("direct", eps),
+        (weight, bias, bn_weight, bn_bias, mean, var),
+        lambda: (
+            torch.ops.resnet_fast._direct_weight(weight.detach()),
+            *fold(bias, bn_weight, bn_bias, mean, var, eps),
+        ),
+    )
+    op = torch.ops.resnet_fast._direct_conv.default
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        return op(x, packed, weight, scale, shift, residual, stride, padding, dilation, act)
+
+    return call
 
 
 def run(
@@ -36,17 +68,8 @@ def run(
     Shapes as :func:`resnet_fast.ops.conv_bn_act` with two or three spatial dimensions and one
     group; fp32 throughout. The output is channels-last.
     """
-    packed, scale, shift = cached(
-        ("direct", eps),
-        (weight, bias, bn_weight, bn_bias, mean, var),
-        lambda: (
-            torch.ops.resnet_fast._direct_weight(weight.detach()),
-            *fold(bias, bn_weight, bn_bias, mean, var, eps),
-        ),
-    )
-    return torch.ops.resnet_fast._direct_conv(
-        x, packed, weight, scale, shift, residual, stride, padding, dilation, act
-    )
+    parameters = (weight, bias, bn_weight, bn_bias, mean, var, eps)
+    return prepare(x, *parameters, stride, padding, dilation, groups, act)(x, residual)
 
 
 if _checks.has_op("_direct_conv"):

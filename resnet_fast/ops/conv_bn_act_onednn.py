@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.ops import activation
-from resnet_fast.ops._pack import cached, fold, like_convolution
+from resnet_fast.ops._pack import Call, cached, fold, like_convolution
 
 # torch's names for the post-ops that follow a convolution: (attribute, scalars, algorithm).
 _UNARY: dict[str, tuple[str, list[float], str]] = {
@@ -62,6 +62,55 @@ def _pack(
     return packed, None if shift is None else shift.detach().to(dtype)
 
 
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+) -> Call:
+    """:func:`run` for inputs like ``x``, the weights packed: call it with input and residual."""
+    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    packed, shift = cached(
+        ("onednn", eps, x.dtype, x.shape[1:], *stride, *padding, *dilation, groups),
+        (weight, bias, bn_weight, bn_bias, mean, var),
+        lambda: _pack(
+            x.shape,
+            x.dtype,
+            weight,
+            bias,
+            (bn_weight, bn_bias, mean, var, eps),
+            (stride, padding, dilation, groups),
+        ),
+    )
+    geometry = (padding, stride, dilation, groups)
+    # Behind an add, torch's fused convolution knows ReLU alone.
+    relu = "relu" if act == "relu" else None
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=layout)
+        if residual is None:
+            attribute, scalars, algorithm = _UNARY[act]
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, packed, shift, *geometry, attribute, scalars, algorithm
+            )
+        residual = residual.contiguous(memory_format=layout)
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, packed, shift, *geometry, "add", 1.0, relu, [], ""
+        )
+        return y if act in ("none", "relu") else activation.value(act, y)
+
+    return call
+
+
 def run(
     x: Tensor,
     weight: Tensor,
@@ -83,33 +132,8 @@ def run(
     Shapes as :func:`resnet_fast.ops.conv_bn_act`, two or three spatial dimensions; ``x`` fp32 or
     bf16, parameters in any floating dtype. The output is channels-last.
     """
-    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    x = x.contiguous(memory_format=layout)
-    packed, shift = cached(
-        ("onednn", eps, x.dtype, x.shape[1:], *stride, *padding, *dilation, groups),
-        (weight, bias, bn_weight, bn_bias, mean, var),
-        lambda: _pack(
-            x.shape,
-            x.dtype,
-            weight,
-            bias,
-            (bn_weight, bn_bias, mean, var, eps),
-            (stride, padding, dilation, groups),
-        ),
-    )
-    geometry = (padding, stride, dilation, groups)
-    if residual is None:
-        attribute, scalars, algorithm = _UNARY[act]
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, packed, shift, *geometry, attribute, scalars, algorithm
-        )
-    residual = residual.contiguous(memory_format=layout)
-    # Behind an add, torch's fused convolution knows ReLU alone.
-    relu = "relu" if act == "relu" else None
-    y = torch.ops.mkldnn._convolution_pointwise.binary(
-        x, residual, packed, shift, *geometry, "add", 1.0, relu, [], ""
-    )
-    return y if act in ("none", "relu") else activation.value(act, y)
+    parameters = (weight, bias, bn_weight, bn_bias, mean, var, eps)
+    return prepare(x, *parameters, stride, padding, dilation, groups, act)(x, residual)
 
 
 torch.library.custom_op("resnet_fast::_conv_bn_act_onednn", run, mutates_args=()).register_fake(

@@ -16,33 +16,43 @@ import torch
 from torch import Tensor
 
 from resnet_fast.ops import _checks
-from resnet_fast.ops._pack import cached, fold, like_convolution
+from resnet_fast.ops._pack import Call, cached, fold, like_convolution
 
 # Output rows and columns of a tile, by registration.
 TILES = (2, 4)
 
 
-def _run(
+def prepare(
     m: int,
     x: Tensor,
-    parameters: tuple,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
     eps: float,
-    residual: Tensor | None,
+    stride: list[int],
     padding: list[int],
+    dilation: list[int],
+    groups: int,
     act: str,
-) -> Tensor:
-    weight = parameters[0]
+) -> Call:
+    """:func:`run2` or :func:`run4` (``m``), the weights packed: call it with input and residual."""
     packed, scale, shift = cached(
         ("winograd", m, eps),
-        parameters,
+        (weight, bias, bn_weight, bn_bias, mean, var),
         lambda: (
             torch.ops.resnet_fast._winograd_weight(weight.detach(), m),
-            *fold(*parameters[1:], eps),
+            *fold(bias, bn_weight, bn_bias, mean, var, eps),
         ),
     )
-    return torch.ops.resnet_fast._winograd_conv(
-        x, packed, weight, m, scale, shift, residual, padding, act
-    )
+    op = torch.ops.resnet_fast._winograd_conv.default
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        return op(x, packed, weight, m, scale, shift, residual, padding, act)
+
+    return call
 
 
 def run2(
@@ -66,8 +76,8 @@ def run2(
     Shapes as :func:`resnet_fast.ops.conv_bn_act` with two spatial dimensions, a 3×3 kernel, stride,
     dilation and groups of 1; fp32 throughout. The output is channels-last.
     """
-    parameters = (weight, bias, bn_weight, bn_bias, mean, var)
-    return _run(2, x, parameters, eps, residual, padding, act)
+    parameters = (weight, bias, bn_weight, bn_bias, mean, var, eps)
+    return prepare(2, x, *parameters, stride, padding, dilation, groups, act)(x, residual)
 
 
 def run4(
@@ -87,8 +97,8 @@ def run4(
     act: str,
 ) -> Tensor:
     """:func:`run2` by F(4×4, 3×3): fewer multiplications, and more rounding error."""
-    parameters = (weight, bias, bn_weight, bn_bias, mean, var)
-    return _run(4, x, parameters, eps, residual, padding, act)
+    parameters = (weight, bias, bn_weight, bn_bias, mean, var, eps)
+    return prepare(4, x, *parameters, stride, padding, dilation, groups, act)(x, residual)
 
 
 if _checks.has_op("_winograd_conv"):

@@ -7,6 +7,7 @@ last resort of every order and the baseline of every comparison.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class ConvArgs(NamedTuple):
 
 
 Run = Callable[[Tensor, ConvArgs, Tensor | None, str], Tensor]
+Prepare = Callable[[Tensor, ConvArgs, str], _pack.Call]
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,15 @@ class Candidate:
     """One way to run a convolution site.
 
     ``reject(site)`` is None where the candidate can run, and a plain reason where it cannot.
-    ``run`` is called eagerly; ``trace`` under a compiler or exporter.
+    ``run`` is called eagerly; ``trace`` under a compiler or exporter. ``prepare``, where there is
+    one, is ``run`` with the parameters' derived values bound, good until a parameter changes.
     """
 
     name: str
     reject: Callable[[Site], str | None]
     run: Run
     trace: Run
+    prepare: Prepare | None = None
 
 
 def _affine(x: Tensor, args: ConvArgs) -> tuple[Tensor | None, Tensor | None]:
@@ -129,6 +133,10 @@ def _reject_onednn(site: Site) -> str | None:
 
 def _packing(run: Callable[..., Tensor]) -> Run:
     return lambda x, args, residual, act: run(x, *args[:7], residual, *args[7:], act)
+
+
+def _prepared(prepare: Callable[..., _pack.Call]) -> Prepare:
+    return lambda x, args, act: prepare(x, *args, act)
 
 
 def _packing_traced(op: str) -> Run:
@@ -279,24 +287,28 @@ CANDIDATES: dict[str, Candidate] = {
             _reject_winograd,
             _packing(conv_bn_act_winograd.run4),
             _packing_traced("_conv_bn_act_winograd4"),
+            _prepared(functools.partial(conv_bn_act_winograd.prepare, 4)),
         ),
         Candidate(
             "winograd2",
             _reject_winograd,
             _packing(conv_bn_act_winograd.run2),
             _packing_traced("_conv_bn_act_winograd2"),
+            _prepared(functools.partial(conv_bn_act_winograd.prepare, 2)),
         ),
         Candidate(
             "direct",
             _reject_direct,
             _packing(conv_bn_act_direct.run),
             _packing_traced("_conv_bn_act_direct"),
+            _prepared(conv_bn_act_direct.prepare),
         ),
         Candidate(
             "onednn",
             _reject_onednn,
             _packing(conv_bn_act_onednn.run),
             _packing_traced("_conv_bn_act_onednn"),
+            _prepared(conv_bn_act_onednn.prepare),
         ),
         Candidate("native", _reject_native, _through(_NATIVE, False), _through(_NATIVE, True)),
         Candidate("triton", _reject_triton, _through(_TRITON, False), _through(_TRITON, True)),

@@ -1,0 +1,131 @@
+"""A site's call with every choice made, and the test that each of them still holds.
+
+Deciding how a convolution runs takes longer in Python than a small convolution takes to run. What
+was decided depends on the modules' tensors and attributes, on the input's kind and on the global
+modes; all of that is compared at each call, by identity and version, which is much less work than
+deciding again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resnet_fast.ops import _pack
+from resnet_fast.plan import binding as _binding
+
+
+def hooks_of(module: Any) -> tuple[dict[Any, Any], ...]:
+    """The dictionaries that hold the hooks of ``module``: empty ones mean that it has none."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+class Prepared:
+    """One call of a site in ``eval()`` without recorded gradients.
+
+    Args:
+        x: the input that it was decided for; those that follow differ in batch and content alone.
+        conv, bn: the modules whose parameters ``call`` holds derived values of.
+        watched: the modules whose hooks a fused call would skip.
+        out: shape of the output without the batch.
+        call: what to run.
+    """
+
+    __slots__ = (
+        "bn",
+        "bn_type",
+        "call",
+        "contiguous",
+        "conv",
+        "conv_type",
+        "device",
+        "dtype",
+        "eps",
+        "generation",
+        "geometry",
+        "hooks",
+        "modal",
+        "out",
+        "sources",
+        "watch",
+    )
+
+    def __init__(
+        self,
+        x: Tensor,
+        conv: Any,
+        bn: Any,
+        watched: tuple[Any, ...],
+        out: tuple[int, ...],
+        call: _pack.Call,
+    ) -> None:
+        self.conv, self.conv_type = conv, type(conv)
+        self.bn, self.bn_type = bn, type(bn)
+        self.eps = getattr(bn, "eps", None)
+        self.modal = isinstance(bn, _BatchNorm)  # a frozen norm is the same in train()
+        self.geometry = self._geometry(conv)
+        self.dtype, self.device, self.contiguous = x.dtype, x.device, x.is_contiguous()
+        self.out = out
+        self.call = call
+        self.generation = _binding.generation()
+        self.hooks = tuple(d for module in watched for d in hooks_of(module))
+        named = [(conv._parameters, "weight"), (conv._parameters, "bias")]
+        if bn is not None:
+            where = bn._parameters if "weight" in bn._parameters else bn._buffers
+            named += [(where, "weight"), (where, "bias")]
+            named += [(bn._buffers, "running_mean"), (bn._buffers, "running_var")]
+        self.sources = tuple(
+            (d, name, t, 0 if t is None else t._version, 0 if t is None else t.data_ptr())
+            for d, name in named
+            for t in (d.get(name),)
+        )
+        self.watch = _pack.watch([source[2] for source in self.sources])
+
+    @staticmethod
+    def _geometry(conv: Any) -> tuple[Any, ...]:
+        return (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+
+    def holds(self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None) -> bool:
+        """Whether ``call(x, residual)`` is what deciding afresh would come to."""
+        if (
+            torch.is_grad_enabled()
+            or conv is not self.conv
+            or bn is not self.bn
+            or type(conv) is not self.conv_type
+            or type(bn) is not self.bn_type
+            or type(x) is not Tensor
+            or x.dtype is not self.dtype
+            or x.device != self.device
+            or x.is_contiguous() is not self.contiguous
+            or self.generation != _binding.generation()
+            or _binding.tuning() is not None
+            or torch.is_autocast_enabled(self.device.type)
+            or self._geometry(conv) != self.geometry
+        ):
+            return False
+        if bn is not None and ((self.modal and bn.training) or bn.eps != self.eps):
+            return False
+        for hooks in self.hooks:
+            if hooks:
+                return False
+        if residual is not None and (
+            type(residual) is not Tensor
+            or residual.dtype is not self.dtype
+            or residual.device != self.device
+            or residual.shape != (x.shape[0], *self.out)
+        ):
+            return False
+        for where, name, tensor, version, pointer in self.sources:
+            if where.get(name) is not tensor:
+                return False
+            if tensor is not None and (tensor._version != version or tensor.data_ptr() != pointer):
+                return False
+        return self.watch is None or self.watch.unchanged()
