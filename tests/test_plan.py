@@ -16,7 +16,8 @@ from resnet_fast.plan import binding as binding_module
 from resnet_fast.plan import cache
 from resnet_fast.plan.candidate import CANDIDATES, Candidate, default_order, run_aten
 from resnet_fast.plan.site import Site, device_name
-from resnet_fast.plan.verify import random_inputs, verify
+from resnet_fast.plan.verify import framework_batch, framework_path, random_inputs, verify
+from resnet_fast.testing.budget import Verdict
 
 SITE = Site(
     op="conv_bn_act",
@@ -145,6 +146,84 @@ def test_verification_is_paid_once(monkeypatch):
     cache.forget()
     plan.resolve(SITE, torch.device("cpu"))
     assert len(calls) == first, "the second process-life reads the verdict from the file"
+
+
+def test_a_verdict_by_another_criterion_is_not_reused(monkeypatch):
+    current = cache.REVISION
+    monkeypatch.setattr(cache, "REVISION", current - 1)
+    cache.put("k", "onednn", ok=True, error=0.0, limit=1.0)
+    cache.forget()
+    assert cache.get("k", "onednn") is not None
+    monkeypatch.setattr(cache, "REVISION", current)
+    assert cache.get("k", "onednn") is None
+
+
+# At one image of no more than 20480 values torch's convolution leaves oneDNN.
+SMALL = Site(
+    **{
+        **vars(SITE),
+        "x_shape": (1, 128, 8, 8),
+        "weight_shape": (128, 128, 3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+        "residual": False,
+    }
+)
+
+
+def at_batch(site, batch):
+    return Site(**{**vars(site), "x_shape": (batch, *site.x_shape[1:])})
+
+
+def paths_differ():
+    return framework_path(SMALL, "cpu", 1) != framework_path(SMALL, "cpu", 2)
+
+
+def test_few_images_verify_where_the_framework_runs_the_same_algorithm():
+    for batch in (1, 2, 3, 40):
+        path, images = framework_batch(at_batch(SMALL, batch), "cpu")
+        assert path == framework_path(SMALL, "cpu", batch) == framework_path(SMALL, "cpu", images)
+        assert images <= 2
+    large = Site(**{**vars(SMALL), "x_shape": (1, 128, 56, 56)})
+    assert framework_batch(large, "cpu") == framework_batch(at_batch(large, 2), "cpu")
+
+
+@pytest.mark.skipif("not paths_differ()", reason="one algorithm serves both batches here")
+def test_a_verdict_holds_for_the_algorithm_that_is_replaced(monkeypatch):
+    seen = []
+
+    def judged(site, candidate, device):
+        seen.append(site.x_shape[0])
+        return Verdict(site.x_shape[0] > 1, 1.0, 2.0)
+
+    monkeypatch.setattr(binding_module, "verify", judged)
+    names = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in (2, 1, 5, 1, 2):
+            names.append(plan.resolve(at_batch(SMALL, batch), torch.device("cpu")).candidate.name)
+    first = names[0]
+    assert first != "aten" and names == [first, "aten", first, "aten", first]
+    assert seen == [2, 1], "paid once an algorithm"
+
+
+@pytest.mark.skipif("not paths_differ()", reason="one algorithm serves both batches here")
+def test_a_model_binds_one_image_apart(monkeypatch):
+    def judged(site, candidate, device):
+        return Verdict(site.x_shape[0] > 1, 1.0, 2.0)
+
+    monkeypatch.setattr(binding_module, "verify", judged)
+    model = network()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in (2, 3, 1, 20, 1):
+            model(torch.randn(batch, 8, 6, 6))
+    rows = plan.model_rows(model)
+    assert sorted((row["x_shape"][0], row["reason"]) for row in rows) == [
+        (1, "MISMATCH"),
+        (2, "OK"),
+    ]
 
 
 def test_tune_chooses_the_fastest_and_the_plan_is_obeyed():

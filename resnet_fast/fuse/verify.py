@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast.errors import AccelerateError
 from resnet_fast.fuse.capture import mode, untouched_rng
-from resnet_fast.fuse.program import Program, SiteTarget, planned_layout, run_site, run_unfused
-from resnet_fast.testing.budget import Verdict, within_budget
+from resnet_fast.fuse.program import Program, SiteTarget, run_site, run_unfused
+from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 
 
 @dataclass
@@ -105,12 +106,8 @@ def _judge(target: SiteTarget, conv: Any, bn: Any, x: Tensor, residual: Tensor |
     bn64 = None if bn is None else copy.deepcopy(bn).double()
     other = None if residual is None else residual.double()
     truth = run_unfused(target, conv64, bn64, None, x.double(), other)
-    # The framework's error differs between layouts; the site may run in another than the model.
-    verdicts = [
-        within_budget(fused, run_unfused(target, conv, bn, None, _own(other_x), residual), truth)
-        for other_x in (x.contiguous(), planned_layout(x))
-    ]
-    return max(verdicts, key=lambda verdict: verdict.limit)
+    frameworks = in_formats(partial(run_unfused, target, conv, bn, None), x, residual)
+    return within_budget(fused, frameworks, truth)
 
 
 def _own(value: Any) -> Any:
@@ -126,6 +123,16 @@ def _run(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None = None
 
     args, kwargs = pytree.tree_map(prepare, call_arguments(example_inputs))
     return model(*args, **kwargs)
+
+
+def _in_formats(model: nn.Module, example_inputs: Any) -> list[list[Any]]:
+    """The leaves of the model's output, with example inputs in either memory format."""
+    leaves, spec = pytree.tree_flatten(example_inputs)
+
+    def run(*leaves: Any) -> list[Any]:
+        return pytree.tree_leaves(_run(model, pytree.tree_unflatten(list(leaves), spec)))
+
+    return in_formats(run, *leaves)
 
 
 def _same(actual: Any, expected: Any) -> bool:
@@ -156,16 +163,18 @@ def _beyond_budget(original: nn.Module, actual: Any, expected: Any, example_inpu
         truth = pytree.tree_leaves(
             _run(copy.deepcopy(original).double(), example_inputs, torch.float64)
         )
+        # `expected` is the framework's answer in the format that was given.
+        others = _in_formats(original, example_inputs)
     except Exception as error:
         return f"the outputs differ, and no fp64 reference runs: {type(error).__name__}: {error}"
-    for a, b, reference in zip(ours, theirs, truth, strict=True):
+    for i, (a, b, reference) in enumerate(zip(ours, theirs, truth, strict=True)):
         if not isinstance(a, Tensor):
             continue
         if not isinstance(b, Tensor) or a.dtype != b.dtype or a.shape != b.shape:
             return "the output is of another kind"
         if not a.is_floating_point():
             return "an integer output differs"
-        verdict = within_budget(a, b, reference)
+        verdict = within_budget(a, [b, *(other[i] for other in others)], reference)
         if not verdict.ok:
             return f"output error {verdict.error:.3g} beyond the limit {verdict.limit:.3g}"
     return ""

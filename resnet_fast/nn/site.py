@@ -32,6 +32,12 @@ def _hooked(module: nn.Module) -> bool:
     return any(hooks_of(module))
 
 
+def _batch_class(x: Tensor) -> tuple[bool, bool]:
+    """Torch's CPU convolution picks its algorithm by whether the batch is 1 and, at one thread,
+    below 16; a candidate is verified against the one that it replaces."""
+    return x.shape[0] == 1, x.shape[0] >= 16
+
+
 def _is_frozen_norm(norm: nn.Module) -> bool:
     """torchvision's FrozenBatchNorm2d, told by where it comes from: torchvision is optional."""
     kind = type(norm)
@@ -102,7 +108,7 @@ class FusedSite(nn.Module):
             residual: added before the activation, of the output's shape.
         """
         if not torch.compiler.is_compiling():
-            prepared = self._prepared.get((x.shape[1:], residual is None))
+            prepared = self._prepared.get((_batch_class(x), x.shape[1:], residual is None))
             if prepared is not None and prepared.holds(x, conv, bn, residual):
                 return prepared.call(x, residual)
         reason = self._why_not(x, conv, bn)
@@ -283,13 +289,14 @@ class FusedSite(nn.Module):
         watched = (bn,) if bn is not None else ()
         if not getattr(conv, "leads_into_site", False):
             watched += (conv,)
-        self._prepared[(x.shape[1:], residual is None)] = Prepared(
+        self._prepared[(_batch_class(x), x.shape[1:], residual is None)] = Prepared(
             x, conv, bn, watched, tuple(y.shape[1:]), candidate.prepare(x, args, self.act)
         )
 
     @staticmethod
     def _key(x: Tensor, args: ConvArgs, residual: Tensor | None) -> Any:
         return (
+            _batch_class(x),
             x.shape[1:],
             x.dtype,
             x.is_contiguous(),
@@ -335,7 +342,12 @@ class FusedSite(nn.Module):
     def rows(self) -> list[dict[str, Any]]:
         """One row for each shape the site has run with, framework runs with their reason."""
         rows: list[dict[str, Any]] = []
+        told = set()
         for binding, site in self._bindings.values():
+            # Batches that are bound alike are one row.
+            if (site.key, binding.candidate.name) in told:
+                continue
+            told.add((site.key, binding.candidate.name))
             rows.append(
                 {
                     "name": self.name,

@@ -20,7 +20,7 @@ from resnet_fast.plan.candidate import CANDIDATES, Candidate, ConvArgs, default_
 from resnet_fast.plan.measure import measure
 from resnet_fast.plan.plan import Entry, Plan
 from resnet_fast.plan.site import Site, device_name
-from resnet_fast.plan.verify import verify
+from resnet_fast.plan.verify import framework_batch, verify
 
 
 @dataclass
@@ -69,11 +69,15 @@ def use(plan: Plan | None) -> Iterator[None]:
 
 
 def verified(site: Site, candidate: Candidate, device: torch.device) -> tuple[bool, float, float]:
-    """``(ok, error, limit)`` of ``candidate`` at ``site``, from the cache or a fresh comparison."""
-    kept = cache.get(site.key, candidate.name)
+    """``(ok, error, limit)`` of ``candidate`` at ``site``, from the cache or a fresh comparison.
+
+    A verdict holds where the framework runs the algorithm that the candidate was compared with.
+    """
+    key = f"{site.key}|{framework_batch(site, device)[0]}"
+    kept = cache.get(key, candidate.name)
     if kept is None:
         verdict = verify(site, candidate, device)
-        cache.put(site.key, candidate.name, ok=verdict.ok, error=verdict.error, limit=verdict.limit)
+        cache.put(key, candidate.name, ok=verdict.ok, error=verdict.error, limit=verdict.limit)
         return verdict.ok, verdict.error, verdict.limit
     return kept["ok"], kept["error"], kept["limit"]
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from resnet_fast._version import __version__
+from resnet_fast.testing.budget import REVISION
 
 _FORMAT = 1
 _lock = threading.Lock()
@@ -99,8 +100,9 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 def entry_key(site_key: str, candidate: str) -> str:
-    """Cache key of one verdict; a new version of either package starts afresh."""
-    return f"{__version__}|torch {torch.__version__}|{candidate}|{site_key}"
+    """Cache key of one verdict; a new criterion or version of either package starts afresh."""
+    versions = f"{__version__}|criterion {REVISION}|torch {torch.__version__}"
+    return f"{versions}|{candidate}|{site_key}"
 
 
 def get(site_key: str, candidate: str) -> dict[str, Any] | None:

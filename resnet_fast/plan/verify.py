@@ -10,17 +10,21 @@ from torch import Tensor
 
 from resnet_fast.plan.candidate import Candidate, ConvArgs, run_aten
 from resnet_fast.plan.site import DTYPES, Site
-from resnet_fast.testing.budget import Verdict, error, within_budget
+from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 
 # Two images: enough to show a wrong batch stride, and half the cost of anything larger.
 _BATCH = 2
+# Where the framework's algorithm is another than at two images, its sums differ in kind from the
+# candidate's. One draw of so few values then says little: at 128x8x8 two candidates of three whose
+# error is beyond the limit on most inputs pass a single draw. Each of several has to hold.
+_DRAWS = 4
 
 
 def random_inputs(
-    site: Site, device: torch.device | str, batch: int = _BATCH
+    site: Site, device: torch.device | str, batch: int = _BATCH, draw: int = 0
 ) -> tuple[Tensor, ConvArgs, Tensor | None]:
     """Inputs for ``site`` with randomised batch-norm statistics, the same at every call."""
-    generator = torch.Generator().manual_seed(zlib.crc32(site.key.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(site.key.encode()) + draw)
     dtype = DTYPES[site.dtype]
 
     def normal(*shape: int) -> Tensor:
@@ -56,22 +60,32 @@ def random_inputs(
     return x, ConvArgs(weight, bias, gamma, beta, mean, var, 1e-5, *geometry), residual
 
 
-def _other_layout(x: Tensor, args: ConvArgs, residual: Tensor | None, site: Site) -> Tensor:
-    """The framework's own result in the memory format that ``site`` does not have."""
+def framework_path(site: Site, device: torch.device | str, batch: int) -> str:
+    """The algorithm that the framework picks for the site's convolution at ``batch`` images."""
+    dtype = DTYPES[site.dtype]
     layout = torch.contiguous_format
-    if site.layout == "contiguous" and x.dim() > 3:
-        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    other = None if residual is None else residual.contiguous(memory_format=layout)
-    return run_aten(x.contiguous(memory_format=layout), args, other, site.act)
+    if site.layout == "channels_last":
+        layout = torch.channels_last if len(site.x_shape) == 4 else torch.channels_last_3d
+    x = torch.empty(batch, *site.x_shape[1:], dtype=dtype, device=device, memory_format=layout)
+    weight = torch.empty(site.weight_shape, dtype=dtype, device=device)
+    geometry = (list(site.stride), list(site.padding), list(site.dilation))
+    unpadded = [0] * len(site.stride)
+    chosen = torch._C._select_conv_backend(
+        x, weight, None, *geometry, False, unpadded, site.groups, None
+    )
+    return str(chosen).rpartition(".")[2]
 
 
-def _worse(a: Tensor, b: Tensor, truth: Tensor) -> Tensor:
-    """Of two results of the framework's own op, the one with the greater error.
+def framework_batch(site: Site, device: torch.device | str) -> tuple[str, int]:
+    """The framework's algorithm at the batch that runs, and the images to verify it with.
 
-    The framework sums in another order in either memory format, and calls both right; its error in
-    one of them alone, a maximum over few values, is too noisy a standard for fp32.
+    Few images, on which the framework runs the same algorithm: what a candidate replaces at one
+    image may be another than at two (see :mod:`resnet_fast.testing.budget`).
     """
-    return a if error(a, truth) >= error(b, truth) else b
+    running = max(1, site.x_shape[0])
+    path = framework_path(site, device, running)
+    few = (n for n in (_BATCH, 1, 16) if framework_path(site, device, n) == path)
+    return path, next(few, running)
 
 
 def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verdict:
@@ -82,17 +96,26 @@ def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verd
         candidate that raises is a mismatch with an infinite error, never a crash of the caller.
     """
     with torch.inference_mode(False), torch.no_grad():
-        x, args, residual = random_inputs(site, device)
-        wide = ConvArgs._make(t.double() if isinstance(t, Tensor) else t for t in args)
-        truth = run_aten(
-            x.double(), wide, None if residual is None else residual.double(), site.act
-        )
-        framework = run_aten(x, args, residual, site.act)
-        try:
-            ours = candidate.run(x, args, residual, site.act)
-        except (RuntimeError, ValueError, TypeError):
-            return Verdict(False, float("inf"), 0.0)
-        if ours.shape != framework.shape or ours.dtype != framework.dtype:
-            return Verdict(False, float("inf"), 0.0)
-        standard = _worse(framework, _other_layout(x, args, residual, site), truth)
-        return within_budget(ours, standard, truth)
+        _, batch = framework_batch(site, device)
+        verdicts = []
+        for draw in range(1 if batch == _BATCH else _DRAWS):
+            x, args, residual = random_inputs(site, device, batch, draw)
+            verdicts.append(_compare(site, candidate, x, args, residual))
+            if not verdicts[-1].ok:
+                return verdicts[-1]
+        return max(verdicts, key=lambda verdict: verdict.error / (verdict.limit or 1.0))
+
+
+def _compare(
+    site: Site, candidate: Candidate, x: Tensor, args: ConvArgs, residual: Tensor | None
+) -> Verdict:
+    wide = ConvArgs._make(t.double() if isinstance(t, Tensor) else t for t in args)
+    truth = run_aten(x.double(), wide, None if residual is None else residual.double(), site.act)
+    frameworks = in_formats(lambda a, b: run_aten(a, args, b, site.act), x, residual)
+    try:
+        ours = candidate.run(x, args, residual, site.act)
+    except (RuntimeError, ValueError, TypeError):
+        return Verdict(False, float("inf"), 0.0)
+    if ours.shape != truth.shape or ours.dtype != x.dtype:
+        return Verdict(False, float("inf"), 0.0)
+    return within_budget(ours, frameworks, truth)
