@@ -13,7 +13,9 @@ from torch import nn
 from resnet_fast import models
 from resnet_fast.errors import ArgumentError
 from resnet_fast.nn import FusedSite
-from resnet_fast.testing.budget import error, within_budget
+from resnet_fast.testing.branch import Branch
+from resnet_fast.testing.budget import error, in_formats, limit_in_fp64, within_budget
+from resnet_fast.testing.budget import limit as budget_limit
 from resnet_fast.testing.networks import randomize_batchnorm_
 
 tv = pytest.importorskip("torchvision")
@@ -39,9 +41,8 @@ def _pair(name, **kwargs):
 
 
 def _assert_within(what, actual, frameworks, truth):
-    """torchvision is the framework, in both its layouts: its error is the larger of the two."""
-    verdicts = [within_budget(actual, framework, truth) for framework in frameworks]
-    assert any(v.ok for v in verdicts), f"{what}: {verdicts}"
+    verdict = within_budget(actual, frameworks, truth)
+    assert verdict.ok, f"{what}: {verdict}"
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,7 @@ def test_eval_matches_torchvision(pair):
             ours.to(dtype)
             theirs.to(dtype)
             given = x.to(dtype)
-            frameworks = [theirs(given.contiguous(memory_format=layout)) for layout in LAYOUTS]
+            frameworks = in_formats(theirs, given)
             # The truth rounds weights and input as the network under test does.
             truth = theirs.double()(given.double())
             theirs.to(dtype)
@@ -110,46 +111,146 @@ def _step(model, x, y, layout=torch.contiguous_format):
     return result | {k: b.clone() for k, b in model.named_buffers()}
 
 
-def _assert_gradients_within(name, actual, frameworks, truth):
-    """The budget with the framework's greatest relative error in any gradient as the standard.
+class Comparison:
+    """One training step of ``theirs`` in both formats and in fp64: what a step is held against.
 
-    Through a hundred layers a ReLU that flips on a last-bit difference moves single gradients by
-    more than any one tensor's framework error tells, in the framework's two layouts just as here.
+    Values are compared with the truth, gradients with the truth on the branch that each run took
+    (:mod:`resnet_fast.testing.branch`). ``theirs`` is in fp64 afterwards.
     """
-    gradients = [key for key in truth if key.endswith(".grad")]
-    size = {key: truth[key].abs().max().item() for key in gradients}
-    level = max(error(f[key], truth[key]) / size[key] for f in frameworks for key in gradients)
-    limit = 2 * (level + torch.finfo(torch.float32).eps / 2)
-    for key in gradients:
-        found = error(actual[key], truth[key]) / size[key]
-        assert found <= limit, f"{name} {key}: {found} beyond {limit}"
+
+    def __init__(self, theirs, x, y):
+        self.state = {k: v.clone() for k, v in theirs.state_dict().items()}
+        self.theirs, self.given = theirs, (x, y)
+        branches = []
+        self.frameworks = []
+        for layout in LAYOUTS:
+            with Branch(theirs) as branch:
+                self.frameworks.append(_step(theirs, x, y, layout))
+            branches.append(branch)
+            theirs.load_state_dict(self.state)
+        theirs.double()
+        with Branch(theirs) as self.branch:
+            self.truth = _step(theirs, x, y)
+        truths = [self.truth_on(branch) for branch in branches]
+        self.errors = {
+            key: max(
+                error(framework[key], (truth if _is_gradient(key) else self.truth)[key])
+                for framework, truth in zip(self.frameworks, truths, strict=True)
+            )
+            for key in self.truth
+        }
+        sizes = {key: _size(self.truth[key]) for key in self.truth if _is_gradient(key)}
+        self.worst = max(self.errors[key] / size for key, size in sizes.items() if size > 0)
+
+    def truth_on(self, branch):
+        if branch == self.branch:
+            return self.truth
+        self.theirs.load_state_dict(self.state)
+        with branch.imposed():
+            return _step(self.theirs, *self.given)
+
+    def expect(self, name, ours):
+        """A step of ``ours`` in its own dtype, fp32 or fp64, is within budget."""
+        with Branch(ours) as branch:
+            actual = _step(ours, *self.given)
+        self.expect_values(name, actual, branch)
+
+    def expect_values(self, name, actual, branch):
+        assert list(actual) == list(self.truth)
+        own = self.truth_on(branch)
+        beyond = []
+        for key, value in actual.items():
+            truth = own[key] if _is_gradient(key) else self.truth[key]
+            if not value.is_floating_point():
+                assert torch.equal(value, truth), key
+                continue
+            found = error(value, truth)
+            level = self.worst * _size(truth)
+            if value.dtype == torch.float64:
+                allowed = limit_in_fp64(max(level, self.errors[key]), truth)
+            else:
+                limit = budget_limit(self.errors[key], value.dtype, truth)
+                allowed = budget_limit(level, value.dtype, truth) if _is_gradient(key) else limit
+                if found > limit:
+                    beyond.append(key)
+            assert found <= allowed, f"{name} {key} {value.dtype}: error {found} beyond {allowed}"
+        assert len(beyond) <= len(actual) / 20, f"{name}: beyond their own limits: {beyond}"
+
+
+def _is_gradient(key):
+    return key.endswith(".grad")
+
+
+def _size(tensor):
+    return tensor.abs().max().item()
 
 
 def _compare_steps(name, ours, theirs, x, y):
-    state = {k: v.clone() for k, v in theirs.state_dict().items()}
-    frameworks = []
-    for layout in LAYOUTS:
-        frameworks.append(_step(theirs, x, y, layout))
-        theirs.load_state_dict(state)
-    truth = _step(theirs.double(), x, y)
-    actual = _step(ours, x, y)
-    assert list(actual) == list(truth)
-    deep = sum(isinstance(m, nn.Conv2d) for m in ours.modules()) > 100
-    if deep:
-        _assert_gradients_within(name, actual, frameworks, truth)
-    for key, value in actual.items():
-        if deep and key.endswith(".grad"):
-            continue
-        if value.is_floating_point():
-            _assert_within(f"{name} {key}", value, [f[key] for f in frameworks], truth[key])
-        else:
-            assert torch.equal(value, truth[key]), key
+    comparison = Comparison(theirs, x, y)
+    comparison.expect(name, ours)
+    ours.load_state_dict(comparison.state)
+    # In fp64 there is no rounding to hide behind: a wrong formula shows at any depth.
+    comparison.expect(name, ours.double())
+    ours.float()
 
 
 def test_training_step_matches_torchvision(pair):
     name, ours, theirs = pair
-    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    x, y = torch.randn(4, 3, 48, 48), torch.arange(4)
     _compare_steps(name, ours.train(), theirs.train(), x, y)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A network of 110 layers, and what its step is held against."""
+    torch.manual_seed(0)
+    net = randomize_batchnorm_(models.build("cifar_resnet110"), 3).train()
+    plain = models.plain_reference("cifar_resnet110").train()
+    plain.load_state_dict(net.state_dict())
+    return net, Comparison(plain, torch.randn(2, 3, 32, 32), torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    "key", ["input", "layer1.0.bn1.bias", "layer2.9.conv1.weight", "fc.weight"]
+)
+def test_a_gradient_that_is_off_by_a_ten_thousandth_is_seen(deep, key):
+    net, comparison = deep
+    net.float().load_state_dict(comparison.state)
+    with Branch(net) as branch:
+        actual = _step(net, *comparison.given)
+    comparison.expect_values("right", actual, branch)
+    actual[f"{key}.grad"] *= 1 + 1e-4
+    with pytest.raises(AssertionError, match=f"{key}.grad"):
+        comparison.expect_values("wrong", actual, branch)
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 1e-4), (torch.float64, 1.0001e-5)])
+def test_a_wrong_eps_is_seen(deep, dtype, eps):
+    net, comparison = deep
+    wrong = copy.deepcopy(net).float()
+    wrong.load_state_dict(comparison.state)
+    wrong.to(dtype).layer2[9].bn1.eps = eps
+    with pytest.raises(AssertionError, match="beyond"):
+        comparison.expect("wrong", wrong)
+
+
+def test_a_branch_is_more_than_a_rounding():
+    """Imposing a branch imposes its gradients: one flipped unit shows in fp64."""
+    torch.manual_seed(0)
+    net = models.plain_reference("cifar_resnet20").double().train()
+    x, y = torch.randn(2, 3, 32, 32), torch.arange(2)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    with Branch(net) as branch:
+        free = _step(net, x, y)
+    flipped = copy.copy(branch)
+    flipped.choices = [c.clone() for c in branch.choices]
+    flipped.choices[9][0, 0, 0, 0] ^= True
+    assert branch != flipped
+    for taken, same in ((branch, True), (flipped, False)):
+        net.load_state_dict(state)
+        with taken.imposed():
+            imposed = _step(net, x, y)
+        assert torch.equal(imposed["conv1.weight.grad"], free["conv1.weight.grad"]) == same
 
 
 @pytest.mark.parametrize(
@@ -222,7 +323,7 @@ def test_keyword_arguments(kwargs):
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        frameworks = [theirs(x.contiguous(memory_format=layout)) for layout in LAYOUTS]
+        frameworks = in_formats(theirs, x)
         _assert_within("resnet50", ours(x), frameworks, theirs.double()(x.double()))
 
 
@@ -310,7 +411,7 @@ def _assert_fused_equals_plain(net, name, x, **kwargs):
     plain = models.plain_reference(name, **kwargs).eval()
     plain.load_state_dict(net.state_dict())
     with torch.no_grad():
-        frameworks = [plain(x.contiguous(memory_format=layout)) for layout in LAYOUTS]
+        frameworks = in_formats(plain, x)
         _assert_within(name, net(x), frameworks, plain.double()(x.double()))
     y = torch.arange(x.shape[0])
     _compare_steps(name, net.train(), plain.float().train(), x, y)
