@@ -1,92 +1,76 @@
-"""The references evaluated in another order.
+"""The framework's own ops asked the same question with every axis read backwards.
 
-The greatest error over a small tensor is a matter of luck: the same formula with its sums in
-another order is as much the framework's own, and shows how far rounding alone reaches.
+The greatest error over a small tensor is a matter of luck. A convolution of the reversed image with
+the reversed kernel, input channels reversed as well, is the reversed result, and the statistics of
+a reversed batch are those of the batch: the same ops in the same dtype, with every sum from its
+other end. Nothing is rounded that the framework does not round.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fast.ops import _checks, activation
+from resnet_fast import ops
+from resnet_fast.ops import _checks
 
 
-def _per_dim(value: int | Sequence[int], count: int) -> list[int]:
+def _pixels(x: Tensor) -> list[int]:
+    """Every axis but the channels: what a sum over a channel runs over."""
+    return _checks.but_channels(x)
+
+
+def _reverse(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.flip(_pixels(x))
+
+
+def _per_dim(value: Any, count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else list(value)
 
 
-def conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    groups: int,
-    act: str,
-) -> Tensor:
-    """``conv_bn_act`` as a sum over the kernel's taps."""
+def conv_bn_act(**arguments: Any) -> Tensor:
+    """``conv_bn_act`` of the reversed image and kernel, reversed."""
+    x, weight = arguments["x"], arguments["weight"]
     spatial = x.dim() - 2
-    stride, padding, dilation = (_per_dim(v, spatial) for v in (stride, padding, dilation))
-    kernel = weight.shape[2:]
-    shape = [
-        (size + 2 * p - d * (r - 1) - 1) // s + 1
-        for size, p, d, r, s in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
-    ]
-    pads = [pad for p in reversed(padding) for pad in (p, p)]
+    geometry = [_per_dim(arguments[key], spatial) for key in ("stride", "padding", "dilation")]
+    groups = arguments["groups"]
+    pads: list[int] = []
+    # Rows at the end that no window reaches would come first: they are cut off with the padding.
+    for size, r, s, p, d in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True):
+        unread = (size + 2 * p - d * (r - 1) - 1) % s
+        pads = [p, p - unread, *pads]
     padded = torch.nn.functional.pad(x, pads).unflatten(1, (groups, -1))
-    grouped = weight.unflatten(0, (groups, -1))
-    total = None
-    for tap in itertools.product(*(range(r) for r in kernel)):
-        window = padded
-        for dim, (r, d, s, p) in enumerate(zip(tap, dilation, stride, shape, strict=True)):
-            along = slice(r * d, r * d + (p - 1) * s + 1, s)
-            window = window[(*[slice(None)] * (3 + dim), along)]
-        product = torch.einsum("ngc...,gkc->ngk...", window, grouped[(..., *tap)])
-        total = product if total is None else total + product
-    assert total is not None
-    return bn_act(total.flatten(1, 2), scale, shift, residual, act)
+    reversed_x = padded.flip([0, *range(2, padded.dim())]).flatten(1, 2)
+    changed = {
+        "x": reversed_x,
+        "weight": weight.flip(list(range(1, weight.dim()))),
+        "residual": _reverse(arguments["residual"]),
+        "padding": 0,
+    }
+    y = ops.module("conv_bn_act").reference(**arguments | changed)
+    return y.flip(_pixels(y))
 
 
-def bn_act(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, act: str
-) -> Tensor:
-    """``bn_act`` with the residual and the shift added first."""
-    scaled = _checks.affine(x, scale, None)
-    offset = residual
-    if shift is not None:
-        vector = _checks.along_channels(shift, x)
-        offset = vector if offset is None else offset + vector
-    return activation.value(act, scaled if offset is None else scaled + offset)
+def bn_act(**arguments: Any) -> Tensor:
+    """``bn_act`` of the reversed batch, reversed."""
+    changed = {key: _reverse(arguments[key]) for key in ("x", "residual")}
+    y = ops.module("bn_act").reference(**arguments | changed)
+    return y.flip(_pixels(y))
 
 
-def add_act(x: Tensor, residual: Tensor, act: str) -> Tensor:
+def add_act(**arguments: Any) -> Tensor:
     """``add_act`` has one sum of two terms, hence one order."""
-    return activation.value(act, x + residual)
+    return ops.module("add_act").reference(**arguments)
 
 
-def bn_act_train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``bn_act_train`` with two-pass statistics, summed from the last value to the first."""
-    dims = _checks.but_channels(x)
-    mean = x.flip(dims).mean(dims)
-    centred = x - _checks.along_channels(mean, x)
-    rstd = (centred.square().flip(dims).mean(dims) + eps) ** -0.5
-    scale = rstd if weight is None else rstd * weight
-    return bn_act(centred, scale, bias, residual, act), mean.detach(), rstd.detach()
+def bn_act_train(**arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``bn_act_train`` of the reversed batch, reversed."""
+    changed = {key: _reverse(arguments[key]) for key in ("x", "residual")}
+    y, mean, rstd = ops.module("bn_act_train").reference(**arguments | changed)
+    return y.flip(_pixels(y)), mean, rstd
 
 
 REORDERED: dict[str, Callable[..., Any]] = {
