@@ -13,7 +13,7 @@ from torch import nn
 
 from resnet_fast import models
 from resnet_fast.nn import BasicBlock
-from resnet_fast.testing.budget import within_budget
+from resnet_fast.testing.budget import in_formats, within_budget
 from resnet_fast.testing.networks import randomize_batchnorm_
 
 tv = pytest.importorskip("torchvision")
@@ -43,10 +43,9 @@ def _assert_right(net, x, actual=None):
     """``net(x)`` against torchvision's network with the weights that ``net`` has now."""
     twin = _twin(net)
     actual = net(x) if actual is None else actual
-    frameworks = [twin(x.contiguous(memory_format=layout)) for layout in LAYOUTS]
-    truth = twin.double()(x.double())
-    verdicts = [within_budget(actual, framework, truth) for framework in frameworks]
-    assert any(v.ok for v in verdicts), verdicts
+    frameworks = in_formats(twin, x)
+    verdict = within_budget(actual, frameworks, twin.double()(x.double()))
+    assert verdict.ok, verdict
 
 
 @pytest.fixture
