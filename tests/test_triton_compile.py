@@ -15,7 +15,6 @@ if not AVAILABLE:
     pytest.skip(REASON, allow_module_level=True)
 
 import triton  # noqa: E402
-
 from resnet_fast.kernels import compile as offline  # noqa: E402
 
 FIGURES = Path(__file__).parent / "data" / "triton_resources.json"

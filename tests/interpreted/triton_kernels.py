@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from resnet_fast.kernels import activation, add_act, bn_act, conv_bn_act, launch
 
 import resnet_fast.ops.add_act_triton
 import resnet_fast.ops.bn_act_triton
 import resnet_fast.ops.conv_bn_act_triton  # noqa: F401
 from resnet_fast import ops
-from resnet_fast.kernels import activation, add_act, bn_act, conv_bn_act, launch
 from resnet_fast.testing.budget import within_budget
 
 assert launch.INTERPRET, "run with TRITON_INTERPRET=1"
