@@ -129,6 +129,18 @@ RF_INLINE inline void multiply_rows(const float* rows, int64_t row_stride, const
   for (int i = 0; i < MR; ++i) {
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec{};
   }
+  if (out.last) {
+    // What the epilogue touches comes from memory while the product runs: the rows are too far
+    // apart and too short for the hardware to foresee.
+    for (int i = 0; i < MR; ++i) {
+      for (int v = 0; v < NV; ++v) {
+        if (out.residual != nullptr) {
+          __builtin_prefetch(out.residual + i * out.y_stride + v * kLanes);
+        }
+        __builtin_prefetch(out.y + i * out.y_stride + v * kLanes, 1);
+      }
+    }
+  }
   for (int64_t k = 0; k < depth; ++k) {
     Vec b[NV];
     for (int v = 0; v < NV; ++v) std::memcpy(&b[v], packed + v * kLanes, kBytes);

@@ -319,16 +319,34 @@ CANDIDATES: dict[str, Candidate] = {
 }
 
 
+# Fewer channels make the transforms dearer than the products they save.
+_WINOGRAD_CHANNELS = 32
+# Tiles that share a weight. Transformed weights are 4 (F(4x4)) or 1.8 times (F(2x2)) as many; a
+# 7x7 map of one image has 4 tiles of 4x4, and reading the weights from memory then takes 1.2 ms
+# where the products take 0.3 ms (ResNet-50's last stage, 2 Zen 4 cores, 32 GB/s).
+_WINOGRAD_TILES = 16
+
+
+def _winograd_order(site: Site) -> tuple[str, ...]:
+    if _reject_winograd(site) is not None or min(site.weight_shape[:2]) < _WINOGRAD_CHANNELS:
+        return ()
+    # One choice serves batches 2 to 15 (nn/site.py): 4 images stand for them.
+    images = 1 if site.x_shape[0] == 1 else max(4, site.x_shape[0])
+    rows, columns = site.out_shape[2:]
+    order = (("winograd4", 4), ("winograd2", 2))
+    return tuple(
+        name for name, m in order if images * -(-rows // m) * -(-columns // m) >= _WINOGRAD_TILES
+    )
+
+
 def default_order(site: Site) -> tuple[str, ...]:
     """Candidates to try without a measurement, best first.
 
-    On the CPU the fused oneDNN convolution writes each output once and is the same library that
-    ``aten`` calls. On CUDA the library's convolution with one fused pass behind it can only save
-    launches and bytes; a kernel that replaces the convolution has to win a measurement first
-    (:func:`resnet_fast.plan.tune`).
+    On the CPU this package's kernels run, and the fused oneDNN convolution where they do not: it
+    is the library that ``aten`` calls. On CUDA the library's convolution with one fused pass behind
+    it can only save launches and bytes; a kernel that replaces the convolution has to win a
+    measurement first (:func:`resnet_fast.plan.tune`).
     """
     if site.device.startswith("cpu"):
-        if min(site.weight_shape[:2]) >= 32 and _reject_winograd(site) is None:
-            return ("winograd4", "winograd2", "direct", "onednn", "aten")
-        return ("direct", "onednn", "aten")
+        return (*_winograd_order(site), "direct", "onednn", "aten")
     return ("conv+bn_act", "aten")
