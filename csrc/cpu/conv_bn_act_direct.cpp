@@ -160,7 +160,7 @@ Tensor direct_weight(const Tensor& weight) {
   for (int64_t d = 2; d < weight.dim(); ++d) taps *= weight.size(d);
   const Tensor dense = as_format(weight, MemoryFormat::Contiguous);
   const int64_t depth = taps * channels, nr = filter_block_size();
-  const Tensor packed = empty({packed_size(filters, depth)}, ScalarType::Float, weight);
+  const Tensor packed = empty_packed(packed_size(filters, depth), weight);
   const float* from = data_of<float>(dense);
   float* to = mutable_data_of<float>(packed);
   const int64_t blocks = (filters + nr - 1) / nr;

@@ -376,7 +376,7 @@ Tensor winograd_weight(const Tensor& weight, int64_t m) {
                   "weight: expected shape [K, C, 3, 3]");
   const int64_t filters = weight.size(0), channels = weight.size(1);
   const Tensor dense = as_format(weight, MemoryFormat::Contiguous);
-  const Tensor packed = empty({packed_size(filters, channels, m)}, ScalarType::Float, weight);
+  const Tensor packed = empty_packed(packed_size(filters, channels, m), weight);
   if (m == 2) {
     pack<2>(data_of<float>(dense), filters, channels, filter_block_size(),
             mutable_data_of<float>(packed));

@@ -139,10 +139,8 @@ class Pool {
 
 void give_back(void* block) { Pool::instance().give(block); }
 
-}  // namespace
-
-Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& device_of) {
-  const auto rank = static_cast<int64_t>(shape.size());
+Tensor empty_pooled(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                    const Tensor& device_of, MemoryFormat format) {
   size_t bytes = sizeof(float);
   for (const int64_t n : shape) bytes *= static_cast<size_t>(n);
 #if defined(__SANITIZE_ADDRESS__)
@@ -150,16 +148,7 @@ Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& devi
 #else
   const bool pooled = bytes >= kPooledBytes;
 #endif
-  if (!pooled) return empty(shape, ScalarType::Float, device_of, channels_last_format(rank));
-  std::vector<int64_t> strides(shape.size());
-  int64_t step = 1;
-  strides[1] = step;
-  step *= shape[1];
-  for (int64_t d = rank - 1; d >= 2; --d) {
-    strides[d] = step;
-    step *= shape[d];
-  }
-  strides[0] = step;
+  if (!pooled) return empty(shape, ScalarType::Float, device_of, format);
   void* block = Pool::instance().take(bytes);
   try {
     return torch::stable::from_blob(block, IntList(shape.data(), shape.size()),
@@ -169,6 +158,26 @@ Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& devi
     give_back(block);
     throw;
   }
+}
+
+}  // namespace
+
+Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& device_of) {
+  const auto rank = static_cast<int64_t>(shape.size());
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  strides[1] = step;
+  step *= shape[1];
+  for (int64_t d = rank - 1; d >= 2; --d) {
+    strides[d] = step;
+    step *= shape[d];
+  }
+  strides[0] = step;
+  return empty_pooled(shape, strides, device_of, channels_last_format(rank));
+}
+
+Tensor empty_packed(int64_t count, const Tensor& device_of) {
+  return empty_pooled({count}, {1}, device_of, MemoryFormat::Contiguous);
 }
 
 int64_t release_pool() { return static_cast<int64_t>(Pool::instance().release()); }
