@@ -197,5 +197,6 @@ PYBIND11_MODULE(_native, m) {
         "Change detector over (address, bytes) pairs of live CPU memory, as a 64-bit integer.");
   py::class_<Watch>(m, "Watch", "The fingerprint of live CPU memory, to be compared again.")
       .def(py::init<std::vector<std::pair<uint64_t, uint64_t>>>(), py::arg("buffers"))
-      .def("unchanged", &Watch::unchanged, "Whether the memory, which must still be live, is as it was.");
+      .def("unchanged", &Watch::unchanged,
+           "Whether the memory, which must still be live, is as it was.");
 }

@@ -25,7 +25,9 @@ constexpr int64_t kChunk = 98;              // output pixels a task takes at mos
 
 // Rows of the register tile for what is left of a chunk.
 template <Isa I>
-constexpr int kShortRows = I == Isa::avx512 ? 7 : I == Isa::avx2 ? 3 : 2;
+constexpr int kShortRows = I == Isa::avx512 ? 7
+                           : I == Isa::avx2 ? 3
+                                            : 2;
 constexpr int64_t kMaxRows = 14;
 constexpr int64_t kPixelRows = kChunk + kMaxRows;  // a last tile may overhang
 
@@ -186,8 +188,9 @@ RF_INLINE inline void conv_tasks(const Geometry& g, const Operands<T>& o, const 
     const int64_t panel_columns = bundled > 1 ? g.taps() * width : kPanel;
     for (int64_t d0 = 0; d0 < g.taps() * width; d0 += panel_columns) {
       const int64_t d1 = std::min(g.taps() * width, d0 + panel_columns);
+      const Runs runs(g, group * cg, width, d0, d1);
       for (int64_t i = 0; i < rows; ++i) {
-        gather_row(g, o.x, windows[i], group * cg, width, d0, d1, panel + i * kPanelStride);
+        gather_row(g, o.x, windows[i], runs, panel + i * kPanelStride);
       }
       const Segments seg = bundled > 1 ? Segments{g.taps(), cg, width} : Segments{1, d1 - d0, 0};
       const bool more = d0 > 0;

@@ -19,10 +19,10 @@
 namespace resnet_fast::cpu {
 namespace {
 
-constexpr int64_t kDepth = 256;             // panel columns: a weight block of 32 KiB
+constexpr int64_t kDepth = 256;                // panel columns: a weight block of 32 KiB
 constexpr int64_t kPanelStride = kDepth + 16;  // rows apart by an odd number of cache lines
-constexpr int64_t kChunk = 98;              // pixels: 7 register tiles of 14
-constexpr int64_t kStrip = 256;             // filters: the chunk's sums and panel fit 256 KiB
+constexpr int64_t kChunk = 98;                 // pixels: 7 register tiles of 14
+constexpr int64_t kStrip = 256;                // filters: the chunk's sums and panel fit 256 KiB
 
 template <Isa I>
 constexpr int64_t kFilterBlock = 2 * Tile<I>::kBytes / 4;
@@ -66,7 +66,8 @@ RF_INLINE inline void tasks(const Geometry& g, const Operands& o, const Cut& cut
   const int64_t sums_stride = most_blocks * NR;
   float* sums = sums_memory.get<float>(kChunk * sums_stride);
   Window windows[kChunk], ahead[kChunk];
-  const int64_t depth_of_panel = std::min(kDepth, depth);
+  // The windows of a few channels overlap so much that the hardware foresees them.
+  const bool worth_prefetching = g.channels >= 32;
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task / cut.strips, strip = task % cut.strips;
@@ -88,10 +89,16 @@ RF_INLINE inline void tasks(const Geometry& g, const Operands& o, const Cut& cut
       const float* panel = o.x + pixel * g.channels;
       if (!in_place) {
         panel = gathered;
+        const Runs runs(g, 0, g.channels, d0, d1);
         for (int64_t i = 0; i < count; ++i) {
-          gather_row(g, o.x, windows[i], 0, g.channels, d0, d1, gathered + i * kPanelStride);
+          gather_row(g, o.x, windows[i], runs, gathered + i * kPanelStride);
         }
       }
+      // The next panel, of this chunk or the next, is on its way while this one is multiplied.
+      const bool same = d1 < depth;
+      const int64_t due = !worth_prefetching ? 0 : same ? count : count_ahead;
+      const int64_t p0 = same ? d1 : 0;
+      const Runs runs_ahead(g, 0, g.channels, p0, std::min(depth, p0 + kDepth));
       TileOut out{};
       out.sums_stride = sums_stride;
       out.accumulate = d0 > 0;
@@ -105,13 +112,9 @@ RF_INLINE inline void tasks(const Geometry& g, const Operands& o, const Cut& cut
         out.scale = o.scale + k0;
         out.shift = o.shift + k0;
         const float* packed = o.packed + (d0 * cut.blocks + block * (d1 - d0)) * NR;
-        // The next panel, of this chunk or the next, on its way while this one is multiplied.
-        const bool same = d1 < depth;
-        const int64_t due = same ? count : count_ahead;
         const int64_t blocks = last_block - first_block, done = block - first_block;
-        const int64_t p0 = same ? d1 : 0, p1 = std::min(depth, p0 + depth_of_panel);
         for (int64_t i = cut_at(due, blocks, done); i < cut_at(due, blocks, done + 1); ++i) {
-          prefetch_row(g, o.x, same ? windows[i] : ahead[i], p0, p1);
+          prefetch_row(g, o.x, same ? windows[i] : ahead[i], runs_ahead);
         }
         for (int64_t piece = 0; piece < pieces; ++piece) {
           const int64_t row = cut_at(count, pieces, piece);
@@ -120,14 +123,14 @@ RF_INLINE inline void tasks(const Geometry& g, const Operands& o, const Cut& cut
           out.sums = sums + row * sums_stride + (block - first_block) * NR;
           out.y = o.y + at;
           out.residual = o.residual == nullptr ? nullptr : o.residual + at;
-          kMultiplyRows<I>[rows - 1](panel + row * row_stride, row_stride, packed, d1 - d0, out);
+          kMultiplyRows<I>[rows - 1](panel + row* row_stride, row_stride, packed, d1 - d0, out);
           if (d1 == depth && !whole) {
             with_act(o.act, [&](auto tag) RF_INLINE {
               for (int64_t i = 0; i < rows; ++i) {
                 const int64_t y_at = at + i * g.filters;
-                finish_row(tag, std::min(NR, g.filters - k0), out.sums + i * sums_stride,
-                           out.scale, out.shift,
-                           o.residual == nullptr ? nullptr : o.residual + y_at, o.y + y_at);
+                finish_row(tag, std::min(NR, g.filters - k0), out.sums + i * sums_stride, out.scale,
+                           out.shift, o.residual == nullptr ? nullptr : o.residual + y_at,
+                           o.y + y_at);
               }
             });
           }
@@ -184,15 +187,13 @@ Tensor direct_weight(const Tensor& weight) {
 
 Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
                    const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
-                   IntList stride, IntList padding, IntList dilation,
-                   const std::string& act_name) {
+                   IntList stride, IntList padding, IntList dilation, const std::string& act_name) {
   const Act act = parse_act(act_name);
   const Geometry g = checked_geometry(x, weight, stride, padding, dilation, 1);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x: expected float32");
   STD_TORCH_CHECK(x.dim() == 4 || x.dim() == 5, "x: expected rank 4 or 5");
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Float &&
-                      packed.is_contiguous() &&
-                      packed.numel() == packed_size(g.filters, g.depth()),
+                      packed.is_contiguous() && packed.numel() == packed_size(g.filters, g.depth()),
                   "packed: expected what _direct_weight returns for this weight");
   if (scale) check_channel_vector("scale", *scale, x, g.filters);
   if (shift) check_channel_vector("shift", *shift, x, g.filters);
@@ -216,8 +217,9 @@ Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     const Cut cut(g, kFilterBlock<kIsa>, thread_count());
-    parallel_on<kIsa>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end)
-                          RF_INLINE { tasks<kIsa>(g, o, cut, begin, end); });
+    parallel_on<kIsa>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end) RF_INLINE {
+      tasks<kIsa>(g, o, cut, begin, end);
+    });
   });
   return y;
 }

@@ -6,8 +6,10 @@
 //
 //    x (channels-last)          V [n²][tiles][C]     U [K/NR][n²][C][NR]     sums [n²][tiles][NR]
 //   +----+                      +--------------+     +-----------+          +-----------+
-//   | d  | --- Bᵀ d B --------> | one plane an | ==> | one plane | = n² ==> | one plane | -- Aᵀ s A,
-//   +----+  lanes over C        | element      |  x  | an element|          | an element|  scale, ...
+//   | d  | --- Bᵀ d B --------> | one plane an | ==> | one plane | = n² ==> | one plane | -- Aᵀ s
+//   A,
+//   +----+  lanes over C        | element      |  x  | an element|          | an element|  scale,
+//   ...
 //                               +--------------+     +-----------+          +-----------+  --> y
 //
 // A thread transforms a block of tiles, whose V stays in its second-level cache, and passes over
@@ -60,8 +62,7 @@ RF_INLINE inline void transform_input(const Plane& g, const float* x, const floa
     const int64_t tile = first + t;
     const int64_t w0 = tile % g.tiles_w * M - g.pad_w;
     const int64_t h0 = tile / g.tiles_w % g.tiles_h * M - g.pad_h;
-    const float* image =
-        x + tile / (g.tiles_w * g.tiles_h) * g.in_h * g.in_w * g.channels;
+    const float* image = x + tile / (g.tiles_w * g.tiles_h) * g.in_h * g.in_w * g.channels;
     const float* from[N][N];
     for (int i = 0; i < N; ++i) {
       for (int j = 0; j < N; ++j) {
@@ -118,8 +119,8 @@ struct Epilogue {
 };
 
 // The sums of one tile by the definition of convolution. The transforms subtract inputs from each
-// other, so that an infinity becomes NaN, and a huge value may overflow, in outputs whose own window
-// is finite; a tile with such a sum is computed again.
+// other, so that an infinity becomes NaN, and a huge value may overflow, in outputs whose own
+// window is finite; a tile with such a sum is computed again.
 template <int M, int64_t NR>
 void repair(const Plane& g, const Epilogue& e, int64_t image, int64_t h0, int64_t w0, int64_t k0,
             int64_t columns, float (&patch)[M][M][NR]) {
@@ -252,7 +253,7 @@ RF_INLINE inline void filter_block(const Plane& g, const Epilogue& e, const floa
         out.sums = sums + element * s_plane + row * NR;
         out.sums_stride = NR;
         out.accumulate = c > 0;
-        kMultiplyRows<I>[rows - 1](v + element * v_plane + row * v_row + c, v_row, u, depth, out);
+        kMultiplyRows<I>[rows - 1](v + element* v_plane + row* v_row + c, v_row, u, depth, out);
       }
       u += depth * NR;
     }
@@ -438,7 +439,8 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& weight
                    a.data(),
                    b.data(),
                    residual ? data_of<float>(added) : nullptr,
-                   mutable_data_of<float>(y), act};
+                   mutable_data_of<float>(y),
+                   act};
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     if (m == 2) {

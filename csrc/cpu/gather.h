@@ -56,41 +56,54 @@ RF_INLINE inline void widen_copy(const T* __restrict from, A* __restrict to, int
   }
 }
 
-// Columns [begin, end) of one pixel's row of the gathered matrix, ordered [kd][kh][kw][c], for
-// `width` channels from `channel`, as runs of memory: copy(column, element of x, length), and
-// zero(column, length) for what lies outside the image. Without dilation along the width and with
-// all channels, the kw taps are one run.
+// Columns [begin, end) of the rows of the gathered matrix, ordered [kd][kh][kw][c], for `width`
+// channels from `channel`, as runs of memory. Without dilation along the width and with all
+// channels, the kw taps are one run. What the rows of a panel share is computed once.
+struct Runs {
+  int64_t channel, width, begin, end;
+  int64_t run_length, runs_a_line;
+  int64_t from, kd, kh, kw;  // where the first run starts
+
+  Runs(const Geometry& g, int64_t channel_, int64_t width_, int64_t begin_, int64_t end_)
+      : channel(channel_), width(width_), begin(begin_), end(end_) {
+    const bool merged = width == g.channels && (g.dilation[2] == 1 || g.kernel[2] == 1);
+    run_length = merged ? g.kernel[2] * width : width;
+    runs_a_line = merged ? 1 : g.kernel[2];
+    const int64_t first = begin / run_length;
+    from = begin - first * run_length;
+    kw = first % runs_a_line;
+    kh = first / runs_a_line % g.kernel[1];
+    kd = first / runs_a_line / g.kernel[1];
+  }
+};
+
+// One row: copy(column, element of x, length) for each run, zero(column, length) for what of it
+// lies outside the image.
 template <typename Copy, typename Zero>
-RF_INLINE inline void walk_row(const Geometry& g, const Window& win, int64_t channel, int64_t width,
-                               int64_t begin, int64_t end, const Copy& copy, const Zero& zero) {
-  const bool merged = width == g.channels && (g.dilation[2] == 1 || g.kernel[2] == 1);
-  const int64_t run_length = merged ? g.kernel[2] * width : width;
-  const int64_t runs_a_line = merged ? 1 : g.kernel[2];
-  const int64_t first_run = begin / run_length;
-  int64_t from = begin - first_run * run_length;
-  int64_t kw = first_run % runs_a_line;
-  int64_t kh = first_run / runs_a_line % g.kernel[1];
-  int64_t kd = first_run / runs_a_line / g.kernel[1];
-  for (int64_t at = begin; at < end;) {
-    const int64_t to = std::min(run_length, from + (end - at));
+RF_INLINE inline void walk_row(const Geometry& g, const Window& win, const Runs& runs,
+                               const Copy& copy, const Zero& zero) {
+  int64_t from = runs.from, kd = runs.kd, kh = runs.kh, kw = runs.kw;
+  for (int64_t at = runs.begin; at < runs.end;) {
+    const int64_t to = std::min(runs.run_length, from + (runs.end - at));
     const int64_t d = win.d + kd * g.dilation[0];
     const int64_t h = win.h + kh * g.dilation[1];
     const int64_t w = win.w + kw * g.dilation[2];
     int64_t lo = to, hi = to;  // the part inside the image; the rest is zero
     if (d >= 0 && d < g.in[0] && h >= 0 && h < g.in[1]) {
-      lo = std::clamp(-w * width, from, to);
-      hi = std::clamp((g.in[2] - w) * width, lo, to);
+      lo = std::clamp(-w * runs.width, from, to);
+      hi = std::clamp((g.in[2] - w) * runs.width, lo, to);
     }
-    const int64_t column = at - begin - from;
+    const int64_t column = at - runs.begin - from;
     if (lo > from) zero(column + from, lo - from);
     if (hi > lo) {
-      const int64_t base = win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.channels + channel;
+      const int64_t base =
+          win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.channels + runs.channel;
       copy(column + lo, base + lo, hi - lo);
     }
     if (to > hi) zero(column + hi, to - hi);
     at += to - from;
     from = 0;
-    if (++kw == runs_a_line) {
+    if (++kw == runs.runs_a_line) {
       kw = 0;
       if (++kh == g.kernel[1]) {
         kh = 0;
@@ -101,10 +114,10 @@ RF_INLINE inline void walk_row(const Geometry& g, const Window& win, int64_t cha
 }
 
 template <typename T, typename A>
-RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& win, int64_t channel,
-                                 int64_t width, int64_t begin, int64_t end, A* row) {
+RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& win, const Runs& runs,
+                                 A* row) {
   walk_row(
-      g, win, channel, width, begin, end,
+      g, win, runs,
       [&](int64_t column, int64_t element, int64_t length)
           RF_INLINE { widen_copy(x + element, row + column, length); },
       [&](int64_t column, int64_t length) RF_INLINE { std::fill_n(row + column, length, A(0)); });
@@ -112,10 +125,10 @@ RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& wi
 
 // Brings what gather_row will read into the second-level cache.
 template <typename T>
-RF_INLINE inline void prefetch_row(const Geometry& g, const T* x, const Window& win, int64_t begin,
-                                   int64_t end) {
+RF_INLINE inline void prefetch_row(const Geometry& g, const T* x, const Window& win,
+                                   const Runs& runs) {
   walk_row(
-      g, win, 0, g.channels, begin, end,
+      g, win, runs,
       [&](int64_t, int64_t element, int64_t length) RF_INLINE {
         const auto* first = reinterpret_cast<const char*>(x + element);
         const auto* last = reinterpret_cast<const char*>(x + element + length - 1);
@@ -125,8 +138,8 @@ RF_INLINE inline void prefetch_row(const Geometry& g, const T* x, const Window& 
       [](int64_t, int64_t) RF_INLINE {});
 }
 
-inline Geometry checked_geometry(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
-                          IntList dilation, int64_t groups) {
+inline Geometry checked_geometry(const Tensor& x, const Tensor& weight, IntList stride,
+                                 IntList padding, IntList dilation, int64_t groups) {
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
   check_input("x", x);
   check_input("weight", weight);
