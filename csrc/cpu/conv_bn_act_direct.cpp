@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kDepth = 256;                // panel columns: a weight block of 32 KiB
 constexpr int64_t kPanelStride = kDepth + 16;  // rows apart by an odd number of cache lines
+constexpr int64_t kChain = 64;                 // columns added one after the other (tile.h)
 constexpr int64_t kChunk = 98;                 // pixels: 7 register tiles of 14
 constexpr int64_t kStrip = 256;                // filters: the chunk's sums and panel fit 256 KiB
 
@@ -101,6 +102,7 @@ RF_INLINE inline void tasks(const Geometry& g, const Operands& o, const Cut& cut
       const Runs runs_ahead(g, 0, g.channels, p0, std::min(depth, p0 + kDepth));
       TileOut out{};
       out.sums_stride = sums_stride;
+      out.chain = kChain;
       out.accumulate = d0 > 0;
       out.y_stride = g.filters;
       out.low = clamp.low;
