@@ -210,23 +210,14 @@ def check_output(problem: Problem, actual: torch.Tensor, name: str = "output") -
     return Check(name, bool(verdict.ok), float(verdict.error), float(verdict.limit))
 
 
-def sites_by_place(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every fused site of a model of this package with its place, such as layer1.0.conv2."""
-    from resnet_fast.nn.site import FusedSite
-
-    for path, module in model.named_modules():
-        if isinstance(module, FusedSite):
-            # The stem's site hangs on the network's ReLU.
-            parent = path.rpartition(".")[0].removesuffix("relu")
-            yield f"{parent}.{module.name}".strip(".") if module.name else path, module
-
-
 @contextmanager
 def checked_sites(model: torch.nn.Module, checks: list[Check]) -> Iterator[None]:
     """Within the context, each call of a fused site appends its verdict to ``checks``."""
+    from resnet_fast.plan import model_sites
+
     handles = [
-        site.register_forward_hook(_site_hook(place, site, checks), with_kwargs=True)
-        for place, site in sites_by_place(model)
+        site.register_forward_hook(_site_hook(path, site, checks), with_kwargs=True)
+        for path, site in model_sites(model)
     ]
     try:
         yield

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import resnet_fast
 from resnet_fast import models
 from resnet_fast.errors import ArgumentError
 from resnet_fast.nn import FusedSite
@@ -457,3 +458,79 @@ def test_randomised_statistics_are_reproducible():
 def test_import_needs_no_torchvision():
     code = "import resnet_fast.models, sys; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnet50", {}), ("plain18", {}), ("cifar_resnet20", {"shortcut": "A"})],
+)
+def test_explain_has_one_row_a_convolution(name, options, sites_taken_as_verified):
+    model = models.build(name, **options).eval()
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 32, 32))
+    rows = resnet_fast.explain(model).rows
+    convolutions = [path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    # A projection is called by its place in the block.
+    expected = [path.replace("downsample.0", "downsample") for path in convolutions]
+    assert sorted(row["name"] for row in rows) == sorted(expected)
+    assert {row["reason"] for row in rows} == {"OK"}
+
+
+def _hook(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "reason"),
+    [
+        (lambda net: _hook(net.layer1[0].relu), "layer1.0.conv1", "HOOKED"),
+        (lambda net: setattr(net.layer1[0], "relu", nn.SiLU()), "layer1.0.conv2", "REPLACED"),
+        (lambda net: _hook(net.layer2[0].downsample), "layer2.0.downsample", "HOOKED"),
+        (lambda net: net.layer2[0].downsample.append(nn.ReLU()), "layer2.0.downsample", "REPLACED"),
+        (lambda net: _hook(net.relu), "conv1", "HOOKED"),
+    ],
+)
+def test_explain_tells_of_modules_that_run_one_by_one(change, path, reason):
+    model = models.resnet18().eval()
+    change(model)
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 32, 32))
+    (row,) = [row for row in resnet_fast.explain(model).rows if row["name"] == path]
+    assert row["reason"] == reason and not row["fused"]
+
+
+def test_explain_tells_of_training():
+    model = models.cifar_resnet20().train()
+    model(torch.randn(2, 3, 8, 8))
+    assert {row["reason"] for row in resnet_fast.explain(model)} == {"TRAINING"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet20"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (torch.zeros(()), r"shape \[N, 3, H, W\], got \[\]"),
+        (torch.zeros(3, 32, 32), r"shape \[N, 3, H, W\], got \[3, 32, 32\]"),
+        (torch.zeros(2, 4, 32, 32), r"got \[2, 4, 32, 32\]"),
+        (torch.zeros(2, 3, 32, 32).double(), "torch.float32, as the network's parameters"),
+        (torch.zeros(2, 3, 32, 32, device="meta"), "a tensor on cpu"),
+        ([1], "a tensor of shape"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else str(tuple(getattr(v, "shape", "list"))),
+)
+def test_bad_images(name, training, x, expected):
+    with pytest.raises(ArgumentError, match=expected) as caught:
+        models.build(name).train(training)(x)
+    assert caught.value.argument == "x"
+
+
+def test_pretrained_is_taken_as_torchvision_takes_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(models.resnet._weights, "resolve", lambda *a: asked.append(a))
+    for pretrained, weights in ((True, "IMAGENET1K_V1"), (False, None)):
+        with pytest.warns(FutureWarning, match="weights="):
+            models.resnet18(pretrained=pretrained)
+        assert asked.pop() == ("resnet18", weights)
+    with pytest.raises(ArgumentError, match="pretrained"), pytest.warns(FutureWarning):
+        models.resnet18(pretrained="yes")

@@ -8,9 +8,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from resnet_fast import ArgumentError, refresh
+from resnet_fast import ArgumentError, plan, refresh
 from resnet_fast.nn.site import FusedSite
+from resnet_fast.ops import _pack
 from resnet_fast.testing.budget import within_budget
 
 
@@ -127,13 +129,199 @@ def test_the_next_forward_after_an_edit_is_right(edit):
             assert not torch.equal(before, ours(x)), "the edit must be one that shows"
 
 
-def test_refresh_drops_what_was_derived():
-    ours, plain = pair()
-    ours.eval(), plain.eval()
+class Wide(Cell):
+    """A weight beyond what the fingerprint reads whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 128, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(128)
+
+
+def test_refresh_shows_an_edit_that_nothing_else_sees():
+    ours = randomised(Wide()).eval()
     x = torch.randn(1, 8, 6, 6)
-    assert_same(ours, plain, x)
+    with torch.inference_mode():
+        before = ours(x)
+        flat = ours.conv.weight.data.view(-1)
+        flat[3] += 50
+        assert torch.equal(ours(x), before), "a sampled element: this test needs another one"
     refresh()
+    plain = copy.deepcopy(ours)
+    plain.fused = False
     assert_same(ours, plain, x)
+
+
+def plain_of(cell: Cell) -> Cell:
+    plain = copy.deepcopy(cell)
+    plain.fused = False
+    return plain
+
+
+class Doubling(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def conv_subclass(cell):
+    conv = Doubling(8, 12, 3, padding=1, bias=False)
+    conv.load_state_dict(cell.conv.state_dict())
+    cell.conv = conv
+
+
+def conv_patched(cell):
+    inner = cell.conv.forward
+    cell.conv.forward = lambda x: 2 * inner(x)
+
+
+def norm_patched(cell):
+    inner = cell.bn.forward
+    cell.bn.forward = lambda x: inner(x) + 1
+
+
+@pytest.mark.parametrize("change", [conv_subclass, conv_patched, norm_patched])
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_forward_of_the_users_own_is_called(change, warm):
+    ours = randomised(Cell()).eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.inference_mode():
+        before = ours(x) if warm else None
+        change(ours)
+        y = torch.relu(ours.bn(ours.conv(x)))
+        assert torch.equal(ours(x), y)
+        assert before is None or not torch.equal(before, y)
+    assert ours.site.rows()[-1]["reason"] in ("UNKNOWN_CONV", "UNKNOWN_NORM")
+
+
+@pytest.mark.parametrize("which", ["conv", "bn"])
+def test_parametrised_weights_stay_fresh(which):
+    class Twice(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    ours = randomised(Cell()).eval()
+    parametrize.register_parametrization(getattr(ours, which), "weight", Twice())
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        for _ in range(2):
+            y = ours(x)
+        getattr(ours, which).parametrizations.weight.original.mul_(3)
+        truth = torch.relu(ours.bn(ours.conv(x)))
+        wide = torch.relu(
+            copy.deepcopy(ours.bn).double()(copy.deepcopy(ours.conv).double()(x.double()))
+        )
+        assert within_budget(ours(x), truth, wide).ok
+        assert not torch.equal(ours(x), y)
+
+
+@pytest.mark.parametrize("name", ["conv.bias", "bn.bias", "bn.weight"])
+def test_one_trainable_parameter_gets_its_gradient_in_eval(name):
+    ours, plain = pair(bias=True)
+    x = torch.randn(2, 8, 6, 6)
+    for cell in (ours, plain):
+        cell.eval().requires_grad_(False)
+        cell.get_parameter(name).requires_grad_()
+        cell(x).square().sum().backward()
+    assert torch.equal(ours.get_parameter(name).grad, plain.get_parameter(name).grad)
+    assert ours.site.rows()[-1]["reason"] == "GRAD"
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": (2, 2)}, {"dilation": (2, 2)}, {"padding": (0, 0)}], ids=str
+)
+def test_geometry_is_the_modules_at_each_call(change):
+    ours = randomised(Cell()).eval()
+    x = torch.randn(2, 8, 12, 12)
+    assert_same(ours, plain_of(ours), x)
+    for name, value in change.items():
+        setattr(ours.conv, name, value)
+    assert_same(ours, plain_of(ours), x)
+
+
+def test_what_is_written_while_values_are_derived_is_seen():
+    source = torch.zeros(5)
+
+    def build():
+        copied = source.clone()
+        source.add_(1)
+        return copied
+
+    assert torch.equal(_pack.cached("written meanwhile", (source,), build), torch.zeros(5))
+    assert torch.equal(_pack.cached("written meanwhile", (source,), build), torch.ones(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_tied_as_a_transposed_view(dtype):
+    a, b = randomised(Cell()), randomised(Cell())
+    a.conv = nn.Conv2d(12, 12, 3, padding=1, bias=False)
+    b.conv = nn.Conv2d(12, 12, 3, padding=1, bias=False)
+    a, b = a.to(dtype).eval(), b.to(dtype).eval()
+    b.conv.weight = nn.Parameter(a.conv.weight.detach().transpose(0, 1))
+    x = torch.randn(2, 12, 6, 6).to(dtype)
+    for cell in (a, b, a):
+        assert_same(cell, plain_of(cell), x)
+
+
+def test_fp64_stays_fp64_under_autocast():
+    ours, plain = pair()
+    ours, plain = ours.double().eval(), plain.double().eval()
+    x = torch.randn(2, 8, 6, 6).double()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        y = ours(x)
+        assert y.dtype is torch.float64
+        assert torch.equal(y, plain(x))
+
+
+def test_transforms_see_the_framework():
+    ours, plain = pair()
+    ours.eval().requires_grad_(False), plain.eval().requires_grad_(False)
+    x = torch.randn(3, 2, 8, 6, 6)
+    with torch.no_grad():
+        ours(x[0])
+        assert torch.equal(torch.func.vmap(ours)(x), torch.func.vmap(plain)(x))
+    tangents = torch.ones_like(x[0])
+    for a, b in zip(
+        torch.func.jvp(ours, (x[0],), (tangents,)),
+        torch.func.jvp(plain, (x[0],), (tangents,)),
+        strict=True,
+    ):
+        assert torch.equal(a, b) and a.abs().max() > 0
+    assert ours.site.rows()[-1]["reason"] == "TRANSFORMED"
+
+
+def traced_ops(cell: Cell, x: torch.Tensor, **options) -> set[str]:
+    found: set[str] = set()
+
+    def backend(graph, inputs):
+        found.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(cell, fullgraph=True, backend=backend, **options)(x)
+    return {name for name in found if "resnet_fast" in name}
+
+
+def test_a_trace_runs_what_was_verified_at_its_size():
+    ours = randomised(Cell()).eval()
+    seen, other = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 9, 9)
+    assert not traced_ops(ours, seen), "nothing has been verified yet"
+    with torch.no_grad():
+        ours(seen)
+    assert traced_ops(ours, seen) and traced_ops(ours, torch.randn(5, 8, 6, 6))
+    assert not traced_ops(ours, other), "verified at another size"
+    assert not traced_ops(ours, seen[:1]), "one image is verified apart"
+    assert traced_ops(ours, other, dynamic=True), "an open size takes what held so far"
+    with plan.use(plan.Plan(plan.device_name("cpu"))):
+        assert not traced_ops(ours, seen), "bindings of another plan"
+
+
+def test_sizes_without_end_are_not_all_kept():
+    ours = randomised(Cell()).eval()
+    with torch.inference_mode():
+        for size in range(3, 103):
+            ours(torch.randn(1, 8, 3, size))
+    assert len(ours.site.rows()) <= 64
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -260,3 +448,13 @@ def test_a_new_eps_is_seen():
     assert_same(ours, plain, x)
     ours.bn.eps = plain.bn.eps = 0.5
     assert_same(ours, plain, x)
+
+
+def test_onnx_gets_the_frameworks_operators(monkeypatch):
+    ours, plain = pair()
+    ours.eval(), plain.eval()
+    x = torch.randn(2, 8, 6, 6)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with torch.inference_mode():
+        assert torch.equal(ours(x), plain(x))
+    assert ours.site.rows()[-1]["reason"] == "ONNX"

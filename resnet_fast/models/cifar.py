@@ -11,6 +11,7 @@ from resnet_fast.nn.blocks import (
     BasicBlock,
     PlainBlock,
     SiteReLU,
+    check_images,
     conv1x1,
     conv3x3,
     conv_bn_relu,
@@ -94,6 +95,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(conv1x1(self.inplanes, planes, stride), nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1)
         site = stem_site(self.relu)
         x = to_planned_layout(x, self, site, self.bn1)
         x = conv_bn_relu(site, x, self.conv1, self.bn1, self.relu)

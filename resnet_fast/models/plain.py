@@ -12,7 +12,8 @@ from resnet_fast.nn.blocks import PlainBlock
 def _imagenet(layers: tuple[int, int, int, int], kwargs: dict[str, Any]) -> ResNet:
     network = ResNet(PlainBlock, layers, **kwargs)
     for stage in (network.layer2, network.layer3, network.layer4):
-        stage.get_submodule("0").register_module("downsample", None)
+        for name in ("downsample", "site_downsample"):
+            stage.get_submodule("0").register_module(name, None)
     return network
 
 

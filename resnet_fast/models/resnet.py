@@ -7,6 +7,7 @@ and Komodakis 2016 (arXiv:1605.07146).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from resnet_fast.nn.blocks import (
     Bottleneck,
     NormLayer,
     SiteReLU,
+    check_images,
     conv1x1,
     conv_bn_relu,
     stem_site,
@@ -119,6 +121,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1)
         site = stem_site(self.relu)
         x = to_planned_layout(x, self, site, self.bn1)
         x = conv_bn_relu(site, x, self.conv1, self.bn1, self.relu)
@@ -146,6 +149,15 @@ def _build(
     for argument, value in fixed.items():
         if kwargs.setdefault(argument, value) != value:
             raise ArgumentError(argument, f"{value} in {name}", kwargs[argument])
+    if "pretrained" in kwargs:
+        # torchvision's argument before 0.13, which it still takes.
+        old = kwargs.pop("pretrained")
+        warnings.warn(f"pretrained={old!r}: use weights=", FutureWarning, stacklevel=3)
+        if not isinstance(old, bool):
+            raise ArgumentError("pretrained", "a bool", repr(old))
+        if old and weights is not None:
+            raise ArgumentError("pretrained", "no weights beside it", repr(weights))
+        weights = "IMAGENET1K_V1" if old else weights
     entry = _weights.resolve(name, weights)
     if entry is not None:
         classes = len(entry.meta["categories"])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _nn_module
 
-from resnet_fast.errors import ArgumentError
+from resnet_fast.errors import ArgumentError, DTypeError
 from resnet_fast.nn.site import FusedSite
 
 NormLayer = Callable[..., nn.Module]
@@ -91,15 +91,23 @@ def conv_bn_relu(
     Module by module where ``relu`` was replaced or is hooked, and under ``torch.fx`` tracing,
     which must see convolutions and norms rather than a choice made from a tensor's properties.
     """
-    if (
-        site is None
-        or isinstance(x, fx.Proxy)
-        or type(relu) not in (nn.ReLU, SiteReLU)
-        or is_hooked(relu)
-    ):
-        y = bn(conv(x))
-        return relu(y if residual is None else y + residual)
-    return site(x, conv, bn, residual)
+    if site is None or isinstance(x, fx.Proxy):
+        reason = None
+    elif type(relu) not in (nn.ReLU, SiteReLU) or "forward" in relu.__dict__:
+        reason = "REPLACED"
+    elif is_hooked(relu):
+        reason = "HOOKED"
+    else:
+        return site(x, conv, bn, residual)
+    _skip(site, reason)
+    y = bn(conv(x))
+    return relu(y if residual is None else y + residual)
+
+
+def _skip(site: nn.Module | None, reason: str | None) -> None:
+    """Note at ``site`` why its modules run one by one."""
+    if isinstance(site, FusedSite) and reason is not None:
+        site.skipped(reason)
 
 
 def shortcut(site: nn.Module | None, x: Tensor, downsample: nn.Module | None) -> Tensor:
@@ -107,15 +115,38 @@ def shortcut(site: nn.Module | None, x: Tensor, downsample: nn.Module | None) ->
     module of its own."""
     if downsample is None:
         return x
-    if (
-        site is not None
-        and type(downsample) is nn.Sequential
-        and len(downsample) == 2
-        and not isinstance(x, fx.Proxy)
-        and not is_hooked(downsample)
+    if site is None or isinstance(x, fx.Proxy):
+        reason = None
+    elif (
+        type(downsample) is not nn.Sequential
+        or len(downsample) != 2
+        or "forward" in downsample.__dict__
     ):
+        reason = "REPLACED"
+    elif is_hooked(downsample):
+        reason = "HOOKED"
+    else:
         return site(x, downsample[0], downsample[1])
+    _skip(site, reason)
     return downsample(x)
+
+
+def check_images(x: Tensor, conv: nn.Module) -> None:
+    """Raise a typed error for an input that the stem's convolution cannot take.
+
+    A convolution that is no plain one has the say itself.
+    """
+    if isinstance(x, fx.Proxy) or not isinstance(conv, nn.Conv2d):
+        return
+    if not isinstance(x, Tensor):
+        raise ArgumentError("x", "a tensor of shape [N, C, H, W]", type(x).__name__)
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        raise ArgumentError("x", f"shape [N, {conv.in_channels}, H, W]", f"{list(x.shape)}")
+    weight = conv.weight
+    if x.device != weight.device:
+        raise ArgumentError("x", f"a tensor on {weight.device}, as the network", f"{x.device}")
+    if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise DTypeError("x", f"{weight.dtype}, as the network's parameters", f"{x.dtype}")
 
 
 def to_planned_layout(
@@ -192,7 +223,7 @@ class BasicBlock(nn.Module):
         self.stride = stride
         self.site1 = FusedSite("relu", "conv1")
         self.site2 = FusedSite("relu", "conv2")
-        self.site_downsample = None if downsample is None else FusedSite("none", "downsample")
+        self.site_downsample = _shortcut_site(downsample)
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)
@@ -242,13 +273,20 @@ class Bottleneck(nn.Module):
         self.site1 = FusedSite("relu", "conv1")
         self.site2 = FusedSite("relu", "conv2")
         self.site3 = FusedSite("relu", "conv3")
-        self.site_downsample = None if downsample is None else FusedSite("none", "downsample")
+        self.site_downsample = _shortcut_site(downsample)
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)
         y = conv_bn_relu(self.site2, y, self.conv2, self.bn2, self.relu)
         identity = shortcut(self.site_downsample, x, self.downsample)
         return conv_bn_relu(self.site3, y, self.conv3, self.bn3, self.relu, identity)
+
+
+def _shortcut_site(downsample: nn.Module | None) -> FusedSite | None:
+    """A site for a projection, ``Sequential(conv, norm)``; nothing else has a convolution here."""
+    if type(downsample) is nn.Sequential and len(downsample) == 2:
+        return FusedSite("none", "downsample")
+    return None
 
 
 def unfuse_(network: nn.Module) -> nn.Module:

@@ -8,10 +8,12 @@ deciding again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast.ops import _pack
@@ -28,15 +30,20 @@ def hooks_of(module: Any) -> tuple[dict[Any, Any], ...]:
     )
 
 
+def is_transforming() -> bool:
+    """Whether a call now means more than its numbers: under vmap or with forward-mode tangents."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
 class Prepared:
     """One call of a site in ``eval()`` without recorded gradients.
 
     Args:
         x: the input that it was decided for; those that follow differ in batch and content alone.
         conv, bn: the modules whose parameters ``call`` holds derived values of.
-        watched: the modules whose hooks a fused call would skip.
+        used: the tensors that ``make`` derives values from, as :meth:`held` lists them.
         out: shape of the output without the batch.
-        call: what to run.
+        make: what gives the call to run.
     """
 
     __slots__ = (
@@ -48,6 +55,7 @@ class Prepared:
         "conv_type",
         "device",
         "dtype",
+        "epoch",
         "eps",
         "generation",
         "geometry",
@@ -63,9 +71,9 @@ class Prepared:
         x: Tensor,
         conv: Any,
         bn: Any,
-        watched: tuple[Any, ...],
+        used: Sequence[Tensor | None],
         out: tuple[int, ...],
-        call: _pack.Call,
+        make: Callable[[], _pack.Call],
     ) -> None:
         self.conv, self.conv_type = conv, type(conv)
         self.bn, self.bn_type = bn, type(bn)
@@ -74,20 +82,35 @@ class Prepared:
         self.geometry = self._geometry(conv)
         self.dtype, self.device, self.contiguous = x.dtype, x.device, x.is_contiguous()
         self.out = out
-        self.call = call
         self.generation = _binding.generation()
-        self.hooks = tuple(d for module in watched for d in hooks_of(module))
-        named = [(conv._parameters, "weight"), (conv._parameters, "bias")]
-        if bn is not None:
-            where = bn._parameters if "weight" in bn._parameters else bn._buffers
-            named += [(where, "weight"), (where, "bias")]
-            named += [(bn._buffers, "running_mean"), (bn._buffers, "running_var")]
+        self.epoch = _pack.epoch()
+        self.hooks = tuple(d for m in (conv, bn) if m is not None for d in hooks_of(m))
         self.sources = tuple(
-            (d, name, t, 0 if t is None else t._version, 0 if t is None else t.data_ptr())
-            for d, name in named
-            for t in (d.get(name),)
+            (where, name, t, 0 if t is None else t._version, 0 if t is None else t.data_ptr())
+            for (where, name), t in zip(self.places(conv, bn), used, strict=True)
         )
-        self.watch = _pack.watch([source[2] for source in self.sources])
+        self.watch = _pack.watch(used)
+        # Last: what is written to a parameter from here on shows in what was noted above.
+        self.call = make()
+
+    @staticmethod
+    def places(conv: Any, bn: Any) -> list[tuple[dict[str, Any], str]]:
+        """Where the modules hold the tensors of a call, in the order of ``ConvArgs``."""
+        found = [(conv._parameters, "weight"), (conv._parameters, "bias")]
+        if bn is None:
+            return found
+        where = bn._parameters if "weight" in bn._parameters else bn._buffers
+        found += [(where, "weight"), (where, "bias")]
+        return [*found, (bn._buffers, "running_mean"), (bn._buffers, "running_var")]
+
+    @classmethod
+    def held(cls, conv: Any, bn: Any, used: Sequence[Tensor | None]) -> bool:
+        """Whether ``used`` are the modules' own tensors, not ones computed at each look
+        (``torch.nn.utils.parametrize``), whose sources nothing here would see change."""
+        places = cls.places(conv, bn)
+        return len(places) == len(used) and all(
+            where.get(name) is t for (where, name), t in zip(places, used, strict=True)
+        )
 
     @staticmethod
     def _geometry(conv: Any) -> tuple[Any, ...]:
@@ -97,6 +120,7 @@ class Prepared:
         """Whether ``call(x, residual)`` is what deciding afresh would come to."""
         if (
             torch.is_grad_enabled()
+            or is_transforming()
             or conv is not self.conv
             or bn is not self.bn
             or type(conv) is not self.conv_type
@@ -106,12 +130,17 @@ class Prepared:
             or x.device != self.device
             or x.is_contiguous() is not self.contiguous
             or self.generation != _binding.generation()
+            or self.epoch != _pack.epoch()
             or _binding.tuning() is not None
             or torch.is_autocast_enabled(self.device.type)
             or self._geometry(conv) != self.geometry
         ):
             return False
-        if bn is not None and ((self.modal and bn.training) or bn.eps != self.eps):
+        if "forward" in conv.__dict__:
+            return False
+        if bn is not None and (
+            (self.modal and bn.training) or bn.eps != self.eps or "forward" in bn.__dict__
+        ):
             return False
         for hooks in self.hooks:
             if hooks:

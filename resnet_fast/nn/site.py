@@ -10,22 +10,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast import _library, ops
 from resnet_fast.errors import ArgumentError
-from resnet_fast.nn.prepared import Prepared, hooks_of
+from resnet_fast.nn.prepared import Prepared, hooks_of, is_transforming
 from resnet_fast.ops import activation
 from resnet_fast.ops.activation import ACTIVATIONS
 from resnet_fast.plan import binding as _binding
-from resnet_fast.plan.candidate import CANDIDATES, ConvArgs
+from resnet_fast.plan.candidate import CANDIDATES, Candidate, ConvArgs
 from resnet_fast.plan.reasons import REASONS
 from resnet_fast.plan.site import DTYPES, Site, device_name, dtype_name
 
-_PLAIN_CONV = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+# What a plain convolution or norm calls; a fused call stands for nothing else.
+_PLAIN_CONV = {kind.forward: kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_PLAIN_NORM = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
 _PLANNED_DTYPES = frozenset(DTYPES.values())
 # Read once: a tracer would follow the look-up into the file system.
 _CPU_OPS = _library.status()["cpu"].loaded
+
+
+# Shapes that a site remembers: of image sizes without end, the oldest are decided again.
+_SHAPES = 64
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Enter ``value``, and let the oldest entry go beyond ``_SHAPES``."""
+    kept[key] = value
+    if len(kept) > _SHAPES:
+        for oldest in list(kept)[:1]:
+            kept.pop(oldest, None)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -44,11 +60,16 @@ def _is_frozen_norm(norm: nn.Module) -> bool:
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops")
 
 
-def unfused(conv: Any, x: Tensor) -> Tensor:
-    """Call ``conv`` as the plain convolution it is, also where it leads into a site itself."""
-    if getattr(conv, "leads_into_site", False):
-        return conv._conv_forward(x, conv.weight, conv.bias)
-    return conv(x)
+def _is_plain_conv(conv: Any) -> bool:
+    kind = type(conv)
+    plain = _PLAIN_CONV.get(kind.forward)
+    patched = "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__
+    return plain is not None and kind._conv_forward is plain and not patched
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast takes ``x`` for a convolution: it leaves fp64 alone."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
 
 
 class FusedSite(nn.Module):
@@ -80,8 +101,9 @@ class FusedSite(nn.Module):
     def _forget(self) -> None:
         self._generation = -1
         self._bindings: dict[Any, tuple[_binding.Binding, Site]] = {}
-        # By what a tracer can know: which candidate runs for a dtype, residual and device.
-        self._traced: dict[Any, str] = {}
+        # By what a tracer can know: for a dtype, residual and device, which candidate runs at
+        # which image size.
+        self._traced: dict[Any, dict[tuple[int, ...], str]] = {}
         self._framework: dict[str, tuple[Any, ...]] = {}
         self._prepared: dict[Any, Prepared] = {}
 
@@ -118,28 +140,32 @@ class FusedSite(nn.Module):
             reason = self._why_not_now(x, conv, bn, residual)
         if reason is not None:
             return self._plain(x, conv, bn, residual, reason)
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             residual = None if residual is None else residual.to(dtype)
         args = self._args(conv, bn)
         if torch.compiler.is_compiling():
             return self._trace(x, args, residual)
-        y = self._planned(x, args, residual)
-        self._prepare(x, args, conv, bn, residual, y)
+        candidate = self._planned(x, args, residual)
+        y = candidate.run(x, args, residual, self.act)
+        self._prepare(candidate, x, args, conv, bn, residual, y)
         return y
+
+    def skipped(self, reason: str) -> None:
+        """Note that a block ran this site's modules one by one, for ``explain()``."""
+        if not torch.compiler.is_compiling():
+            self._framework[reason] = (None, None, None)
 
     # What the fused calls do not cover.
 
     def _why_not(self, x: Tensor, conv: Any, bn: Any) -> str | None:
-        if getattr(type(conv), "_conv_forward", None) not in _PLAIN_CONV:
+        if not _is_plain_conv(conv):
             return "UNKNOWN_CONV"
-        if bn is None or _is_frozen_norm(bn):
+        if bn is None or (_is_frozen_norm(bn) and "forward" not in bn.__dict__):
             return None
-        if not isinstance(bn, _BatchNorm) or type(bn).forward not in (
-            _BatchNorm.forward,
-            nn.SyncBatchNorm.forward,
-        ):
+        plain = type(bn).forward in _PLAIN_NORM and "forward" not in bn.__dict__
+        if not plain or not isinstance(bn, _BatchNorm):
             return "UNKNOWN_NORM"
         if not bn.training:
             return "BATCH_STATS" if bn.running_mean is None or bn.running_var is None else None
@@ -150,25 +176,25 @@ class FusedSite(nn.Module):
         return "TRAINING"
 
     def _why_not_now(self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None) -> str | None:
-        # A convolution that leads into this site fires its hooks around the whole of it.
-        if (bn is not None and _hooked(bn)) or (
-            _hooked(conv) and not getattr(conv, "leads_into_site", False)
-        ):
+        if (bn is not None and _hooked(bn)) or _hooked(conv):
             return "HOOKED"
+        if torch.onnx.is_in_onnx_export():
+            return "ONNX"
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return "PADDING_MODE"
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or conv.weight.requires_grad
-            or (residual is not None and residual.requires_grad)
-            or (bn is not None and bn.weight is not None and bn.weight.requires_grad)
-        ):
+        tensors = [t for t in (x, residual, *self._args(conv, bn).tensors) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return "GRAD"
-        if x.dtype not in _PLANNED_DTYPES or x.dim() != conv.weight.dim():
-            return "DTYPE_MIX"
-        if x.dtype is not conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return "DTYPE_MIX"
-        if x.device != conv.weight.device or x.shape[1] != conv.in_channels:
+        if not torch.compiler.is_compiling() and (
+            is_transforming() or any(type(t) not in _PLAIN_TENSORS for t in tensors)
+        ):
+            return "TRANSFORMED"
+        if x.dim() != conv.weight.dim() or x.shape[1] != conv.in_channels:
+            return "SHAPE_MIX"
+        if any(t.device != x.device for t in tensors):
+            return "DEVICE_MIX"
+        autocast = _autocasts(x) and conv.weight.dtype is not torch.float64
+        if x.dtype not in _PLANNED_DTYPES or (x.dtype is not conv.weight.dtype and not autocast):
             return "DTYPE_MIX"
         if residual is not None:
             out = [
@@ -184,14 +210,14 @@ class FusedSite(nn.Module):
             ]
             if list(residual.shape) != [x.shape[0], conv.out_channels, *out]:
                 return "RESIDUAL_SHAPE"
-            if residual.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if residual.dtype is not x.dtype and not autocast:
                 return "DTYPE_MIX"
         return None
 
     def _plain(self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None, reason: str) -> Tensor:
         if not torch.compiler.is_compiling():
             self._framework[reason] = (tuple(x.shape), tuple(conv.weight.shape), x.dtype)
-        y = unfused(conv, x)
+        y = conv(x)
         if bn is not None:
             y = bn(y)
         if residual is not None:
@@ -201,8 +227,12 @@ class FusedSite(nn.Module):
     # Training.
 
     def _train(self, x: Tensor, conv: Any, bn: Any, residual: Tensor | None) -> Tensor:
-        y = unfused(conv, x)
-        if not self._fuses_training(y, bn, residual):
+        y = conv(x)
+        fuses = self._fuses_training(y, bn, residual)
+        if not torch.compiler.is_compiling():
+            reason = "TRAINING" if fuses else "TRAINING_UNFUSED"
+            self._framework[reason] = (tuple(x.shape), tuple(conv.weight.shape), x.dtype)
+        if not fuses:
             return self._plain_train(y, bn, residual)
         if residual is not None and residual.dtype is not y.dtype:
             residual = residual.to(y.dtype)
@@ -263,35 +293,62 @@ class FusedSite(nn.Module):
         )
 
     def _trace(self, x: Tensor, args: ConvArgs, residual: Tensor | None) -> Tensor:
-        name = self._traced.get((x.dtype, residual is None, x.device.type), "aten")
-        return CANDIDATES[name].trace(x, args, residual, self.act)
+        name = None
+        if self._generation == _binding.generation():
+            kind = (x.dtype, residual is None, x.device.type)
+            one = statically_known_true(x.shape[0] == 1)
+            name = self._candidate_for(x.shape[2:], self._traced.get((*kind, one), {}))
+            if name is None and not one:
+                # At one image torch's own convolution is at its most exact: what held there holds.
+                name = self._candidate_for(x.shape[2:], self._traced.get((*kind, True), {}))
+        return CANDIDATES[name or "aten"].trace(x, args, residual, self.act)
 
-    def _planned(self, x: Tensor, args: ConvArgs, residual: Tensor | None) -> Tensor:
+    @staticmethod
+    def _candidate_for(size: Any, sizes: dict[tuple[int, ...], str]) -> str | None:
+        """What runs at ``size``; at a size left open, what runs at each that was verified."""
+        open_to = set()
+        for known, name in sizes.items():
+            pairs = list(zip(size, known, strict=True))
+            if all(statically_known_true(n == m) for n, m in pairs):
+                return name
+            if not any(statically_known_true(n != m) for n, m in pairs):
+                open_to.add(name)
+        return open_to.pop() if len(open_to) == 1 else None
+
+    def _planned(self, x: Tensor, args: ConvArgs, residual: Tensor | None) -> Candidate:
         if self._generation != _binding.generation():
-            self._bindings.clear()
+            # New dictionaries: another thread may be reading the old ones.
+            self._bindings, self._traced, self._prepared = {}, {}, {}
             self._generation = _binding.generation()
         key = self._key(x, args, residual)
         found = self._bindings.get(key)
         if found is None or _binding.tuning() is not None:
             found = self._bind(key, x, args, residual)
-        return found[0].candidate.run(x, args, residual, self.act)
+        return found[0].candidate
 
     def _prepare(
-        self, x: Tensor, args: ConvArgs, conv: Any, bn: Any, residual: Tensor | None, y: Tensor
+        self,
+        candidate: Candidate,
+        x: Tensor,
+        args: ConvArgs,
+        conv: Any,
+        bn: Any,
+        residual: Tensor | None,
+        y: Tensor,
     ) -> None:
-        candidate = self._bindings[self._key(x, args, residual)][0].candidate
+        prepare = candidate.prepare
         if (
-            candidate.prepare is None
+            prepare is None
             or torch.is_autocast_enabled(x.device.type)
+            or not Prepared.held(conv, bn, args.tensors)
             or any(t is not None and t.is_inference() for t in args.tensors)
         ):
             return
-        watched = (bn,) if bn is not None else ()
-        if not getattr(conv, "leads_into_site", False):
-            watched += (conv,)
-        self._prepared[(_batch_class(x), x.shape[1:], residual is None)] = Prepared(
-            x, conv, bn, watched, tuple(y.shape[1:]), candidate.prepare(x, args, self.act)
+        ready = Prepared(
+            x, conv, bn, args.tensors, tuple(y.shape[1:]), lambda: prepare(x, args, self.act)
         )
+        key = (_batch_class(x), x.shape[1:], residual is None)
+        _keep(self._prepared, key, ready)
 
     @staticmethod
     def _key(x: Tensor, args: ConvArgs, residual: Tensor | None) -> Any:
@@ -303,6 +360,8 @@ class FusedSite(nn.Module):
             residual is None,
             args.mean is None,
             args.weight.shape,
+            *(tuple(geometry) for geometry in (args.stride, args.padding, args.dilation)),
+            args.groups,
             x.device,
         )
 
@@ -335,15 +394,19 @@ class FusedSite(nn.Module):
         if plan is not None:
             _binding.tune_site(plan, site, x, args, residual)
         found = (_binding.resolve(site, x.device), site)
-        self._bindings[key] = found
-        self._traced[(x.dtype, residual is None, x.device.type)] = found[0].candidate.name
+        _keep(self._bindings, key, found)
+        kind = (x.dtype, residual is None, x.device.type, x.shape[0] == 1)
+        sizes = self._traced.setdefault(kind, {})
+        size, name = tuple(x.shape[2:]), found[0].candidate.name
+        # A trace serves few images and many, which may be bound to different candidates.
+        _keep(sizes, size, name if sizes.get(size, name) == name else "aten")
         return found
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each shape the site has run with, framework runs with their reason."""
         rows: list[dict[str, Any]] = []
         told = set()
-        for binding, site in self._bindings.values():
+        for binding, site in list(self._bindings.values()):
             # Batches that are bound alike are one row.
             if (site.key, binding.candidate.name) in told:
                 continue
@@ -368,7 +431,7 @@ class FusedSite(nn.Module):
                     "notes": "; ".join(binding.notes),
                 }
             )
-        for reason, (x_shape, weight_shape, dtype) in self._framework.items():
+        for reason, (x_shape, weight_shape, dtype) in list(self._framework.items()):
             rows.append(self._bare_row(reason, x_shape, weight_shape, dtype))
         if not rows:
             rows.append(self._bare_row("NOT_RUN", None, None, None))

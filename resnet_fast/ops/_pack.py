@@ -1,9 +1,13 @@
 """Tensors derived from parameters (folded scale and shift, packed weights), kept and kept fresh.
 
-Parameters are the only truth. An entry is used only while every source tensor is the same memory
-at the same version, and on the CPU while a content fingerprint still agrees, which catches edits
-through ``.data`` that leave the version counter alone. Anything else rebuilds the entry. Entries
-live outside the modules, so ``deepcopy``, pickling and ``state_dict`` never see them.
+Parameters are the only truth. An entry is used only while every source tensor is the same view of
+the same memory at the same version, and on the CPU while a content fingerprint still agrees.
+Anything else rebuilds the entry. Entries live outside the modules, so ``deepcopy``, pickling and
+``state_dict`` never see them.
+
+The fingerprint is for edits through ``.data``, which leave the version counter alone. It reads
+tensors up to 16 KiB whole and 128 words of larger ones: an edit of a whole weight shows, one of a
+few elements may not, and on other devices none does. :func:`clear` is for those.
 """
 
 from __future__ import annotations
@@ -29,24 +33,21 @@ _SWEEP_EVERY = 64
 class _Entry:
     __slots__ = ("sources", "value", "watch")
 
-    def __init__(self, tensors: Sequence[Tensor | None], value: Any):
+    def __init__(self, tensors: Sequence[Tensor | None], build: Callable[[], Any]):
+        # Before the value is built: what is written meanwhile makes the entry stale, never wrong.
         self.sources = tuple(
-            None if t is None else (t.data_ptr(), t._version, StorageWeakRef(t.untyped_storage()))
+            None if t is None else (_view(t), t._version, StorageWeakRef(t.untyped_storage()))
             for t in tensors
         )
         self.watch = watch(tensors)
-        self.value = value
+        self.value = build()
 
     def matches(self, tensors: Sequence[Tensor | None]) -> bool:
         for source, tensor in zip(self.sources, tensors, strict=True):
             if source is None or tensor is None:
                 if source is not tensor:
                     return False
-            elif (
-                source[0] != tensor.data_ptr()
-                or source[1] != tensor._version
-                or source[2].expired()
-            ):
+            elif source[0] != _view(tensor) or source[1] != tensor._version or source[2].expired():
                 return False
         # Last: it reads the memory, which the tests above have shown to be there.
         return self.watch is None or self.watch.unchanged()
@@ -55,9 +56,20 @@ class _Entry:
         return any(source is not None and source[2].expired() for source in self.sources)
 
 
+def _view(t: Tensor) -> tuple[Any, ...]:
+    """What a tensor reads of its memory: a transposed view is other numbers."""
+    return t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
 _entries: dict[Hashable, _Entry] = {}
 _lock = threading.Lock()
 _insertions = 0
+_epoch = 0
+
+
+def epoch() -> int:
+    """Changes whenever every derived value, wherever it is held, has to be derived again."""
+    return _epoch
 
 
 def watch(tensors: Sequence[Tensor | None]) -> Any:
@@ -94,14 +106,14 @@ def cached(kind: Hashable, tensors: Sequence[Tensor | None], build: Callable[[],
     assert first is not None
     if any(t is not None and t.is_inference() for t in tensors):
         return build()
-    key = (kind, first.data_ptr(), first.dtype, first.shape)
+    key = (kind, _view(first))
     entry = _entries.get(key)
     if entry is not None and entry.matches(tensors):
         return entry.value
     # Outside inference mode: a cached value made inside it could not be used by a later traced
     # or differentiated call.
     with torch.inference_mode(False), torch.no_grad():
-        entry = _Entry(tensors, build())
+        entry = _Entry(tensors, build)
     with _lock:
         _entries[key] = entry
         _insertions += 1
@@ -113,8 +125,10 @@ def cached(kind: Hashable, tensors: Sequence[Tensor | None], build: Callable[[],
 
 def clear() -> None:
     """Forget every derived tensor; the next call derives it again from the parameters."""
+    global _epoch
     with _lock:
         _entries.clear()
+        _epoch += 1
 
 
 def fold(

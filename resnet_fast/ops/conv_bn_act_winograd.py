@@ -15,11 +15,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet_fast.errors import ArgumentError
 from resnet_fast.ops import _checks
 from resnet_fast.ops._pack import Call, cached, fold, like_convolution
 
-# Output rows and columns of a tile, by registration.
-TILES = (2, 4)
+
+def _check(weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> None:
+    if tuple(weight.shape[2:]) != (3, 3):
+        raise ArgumentError("weight", "a 3x3 kernel", f"shape {list(weight.shape)}")
+    for name, value, unit in (
+        ("stride", list(stride), [1, 1]),
+        ("dilation", list(dilation), [1, 1]),
+        ("groups", groups, 1),
+    ):
+        if value != unit:
+            raise ArgumentError(name, f"{unit} for Winograd's algorithm", value)
 
 
 def prepare(
@@ -39,6 +49,7 @@ def prepare(
     act: str,
 ) -> Call:
     """:func:`run2` or :func:`run4` (``m``), the weights packed: call it with input and residual."""
+    _check(weight, stride, dilation, groups)
     packed, scale, shift = cached(
         ("winograd", m, eps),
         (weight, bias, bn_weight, bn_bias, mean, var),
@@ -101,7 +112,28 @@ def run4(
     return prepare(4, x, *parameters, stride, padding, dilation, groups, act)(x, residual)
 
 
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+) -> Tensor:
+    _check(weight, stride, dilation, groups)
+    parameters = (weight, bias, bn_weight, bn_bias, mean, var, eps)
+    return like_convolution(x, *parameters, residual, stride, padding, dilation, groups, act)
+
+
 if _checks.has_op("_winograd_conv"):
     for _m, _function in ((2, run2), (4, run4)):
         _name = f"resnet_fast::_conv_bn_act_winograd{_m}"
-        torch.library.custom_op(_name, _function, mutates_args=()).register_fake(like_convolution)
+        torch.library.custom_op(_name, _function, mutates_args=()).register_fake(_fake)

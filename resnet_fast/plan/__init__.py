@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -21,13 +22,18 @@ from resnet_fast.plan.site import Site, device_name
 from resnet_fast.plan.verify import verify
 
 
-def model_rows(model: nn.Module) -> list[dict[str, Any]]:
-    """One row for every site of ``model`` and every shape that it has run with."""
-    rows: list[dict[str, Any]] = []
+def model_sites(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every site of ``model`` with the path of its convolution, such as ``layer1.0.conv2``."""
     for path, module in model.named_modules():
         if getattr(module, "is_site", False):
-            rows += [{**row, "name": row["name"] or path} for row in module.rows()]
-    return rows
+            # A network's stem hangs on its ReLU, the sites of a block on the block.
+            parent = path.rpartition(".")[0].removesuffix("relu").removesuffix(".")
+            yield ".".join(filter(None, (parent, module.name))) if module.name else path, module
+
+
+def model_rows(model: nn.Module) -> list[dict[str, Any]]:
+    """One row for every site of ``model`` and every shape that it has run with."""
+    return [{**row, "name": path} for path, module in model_sites(model) for row in module.rows()]
 
 
 __all__ = [
@@ -44,6 +50,7 @@ __all__ = [
     "device_name",
     "load_plan",
     "model_rows",
+    "model_sites",
     "parse",
     "resolve",
     "save_plan",
