@@ -54,11 +54,19 @@ _VALUE: dict[str, Callable[[Tensor], Tensor]] = {
 
 _aten = torch.ops.aten
 
+
+def _silu_grad(grad_y: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _aten.silu_backward(grad_y, z)
+    s = torch.sigmoid(z)  # torch's backward of silu has no derivative
+    return grad_y * s * (1 + z * (1 - s))
+
+
 _FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda grad_y, z: grad_y,
     "relu": lambda grad_y, z: _aten.threshold_backward(grad_y, z, 0),
     "relu6": lambda grad_y, z: _aten.hardtanh_backward(grad_y, z, 0, 6),
-    "silu": lambda grad_y, z: _aten.silu_backward(grad_y, z),
+    "silu": lambda grad_y, z: _silu_grad(grad_y, z),
     "hardswish": lambda grad_y, z: _aten.hardswish_backward(grad_y, z),
     "gelu": lambda grad_y, z: _aten.gelu_backward(grad_y, z),
     "leaky_relu": lambda grad_y, z: _aten.leaky_relu_backward(grad_y, z, LEAKY_SLOPE, False),

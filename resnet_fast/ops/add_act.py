@@ -38,7 +38,8 @@ def add_act(x: Tensor, residual: Tensor, act: str = "none") -> Tensor:
     Raises:
         ArgumentError: a shape, value or device that does not fit; it names the argument.
         DTypeError: an unsupported dtype, or dtypes that do not go together.
-        LibraryError: the native library is not loaded.
+        LibraryError: the native library is not loaded, or has no kernel for the device of ``x``
+            and Triton, which would have one for CUDA, is not installed.
     """
     check(x, residual, act)
     if not _REGISTERED:
@@ -72,6 +73,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.act == "none":
         grad_z = grad_y
+    elif torch.is_grad_enabled():
+        # create_graph: the backward op has no derivative of its own, its formula has.
+        x, residual = ctx.saved_tensors
+        wide = _checks.parameter_dtype(x.dtype)
+        z = x.to(wide) + residual.to(wide)
+        grad_z = activation.grad(ctx.act, grad_y.to(wide), z).to(x.dtype)
     else:
         x, residual = ctx.saved_tensors
         grad_z = torch.ops.resnet_fast._add_act_backward.default(grad_y, x, residual, ctx.act)

@@ -71,7 +71,8 @@ def bn_act_train(
     Raises:
         ArgumentError: a rank, size, value or device that does not fit; it names the argument.
         DTypeError: an unsupported dtype, or dtypes that do not go together.
-        LibraryError: the native library is not loaded.
+        LibraryError: the native library is not loaded, or ``x`` is on a CUDA device, for which
+            there is no kernel; ``torch.nn.functional.batch_norm`` runs there.
     """
     check(x, weight, bias, residual, eps, act)
     if not _REGISTERED:
@@ -132,7 +133,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, _, act = inputs
+    x, weight, bias, residual, eps, act = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     # The residual and the bias enter the derivative through the activation alone.
@@ -140,15 +141,48 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(
         x, weight, None if linear else bias, None if linear else residual, mean, rstd
     )
-    ctx.act = act
+    ctx.eps, ctx.act = eps, act
+
+
+def _differentiable_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward op in plain PyTorch, from ``x`` alone, for derivatives of the derivatives."""
+    dims, wide = _checks.but_channels(x), _checks.parameter_dtype(x.dtype)
+    var, mean = torch.var_mean(x.to(wide), dims, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    normal = (x.to(wide) - mean) * rstd
+    z = _checks.affine(normal, weight, bias)
+    if residual is not None:
+        z = z + residual
+    grad_z = activation.grad(act, grad_y.to(wide), z)
+    grad_normal = _checks.affine(grad_z, weight, None)
+    along = grad_normal.mean(dims, keepdim=True)
+    across = (grad_normal * normal).mean(dims, keepdim=True)
+    grad_x = rstd * (grad_normal - along - normal * across)
+    return (
+        grad_x.to(x.dtype),
+        (grad_z * normal).sum(dims),
+        grad_z.sum(dims),
+        grad_z.to(x.dtype),
+    )
 
 
 def _backward(
     ctx: Any, grad_y: Tensor, grad_mean: Tensor | None, grad_rstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.resnet_fast._bn_act_train_backward.default(
-        grad_y, *ctx.saved_tensors, ctx.act
-    )
+    if torch.is_grad_enabled():  # create_graph: the backward op has no derivative of its own
+        grads = _differentiable_backward(grad_y, *ctx.saved_tensors[:4], ctx.eps, ctx.act)
+    else:
+        grads = torch.ops.resnet_fast._bn_act_train_backward.default(
+            grad_y, *ctx.saved_tensors, ctx.act
+        )
     needed = zip(grads, ctx.needs_input_grad[:4], strict=True)
     return *(grad if need else None for grad, need in needed), None, None
 
@@ -160,3 +194,5 @@ if _REGISTERED:
     torch.library.register_autograd(
         "resnet_fast::bn_act_train", _backward, setup_context=_setup_context
     )
+    for _op in ("bn_act_train", "_bn_act_train_backward"):
+        _checks.refuse_cuda(_op, "use torch.nn.functional.batch_norm, as resnet_fast.nn does there")
