@@ -58,6 +58,8 @@ def bn_act_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    if WIDE:
+        COLS = tl.cast(COLS, tl.int64)
     tiles = tl.cdiv(COLS, BLOCK_COLS)
     pid_row = pid // tiles
     pid_col = pid % tiles

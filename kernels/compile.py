@@ -41,10 +41,9 @@ _INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as one launch would compile it: a name, targets, and how to make that launch."""
+    """One kernel as one launch would compile it: a name, and how to make that launch."""
 
     name: str
-    archs: tuple[int, ...]
     launch: Callable[..., torch.Tensor]
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -74,17 +73,17 @@ def _conv(dtype: torch.dtype, c: int, k: int, taps: int, stride: int, size: int)
     return x, w, _meta(k), _meta(k), residual, [stride] * 2, pad, [1, 1], 1, "relu"
 
 
-# fp16 and full fp32 differ in code and registers everywhere, so they are compiled for every target.
-# bf16 is fp16 with another opcode, and tf32 fp32 with fewer registers: one target each.
-_ARCHS = {"fp16": ARCHITECTURES, "fp32": ARCHITECTURES, "bf16": (90,), "tf32": (80,)}
-
-
 def variants() -> list[Variant]:
-    """Every kernel x config x dtype, with the whole epilogue, on ResNet-50's shapes."""
+    """Every kernel x config x dtype, with the whole epilogue, on ResNet-50's shapes.
+
+    Each with 32-bit and with 64-bit offsets: a graph for any batch runs the latter.
+    """
     found: list[Variant] = []
 
     def add(name: str, launch: Callable[..., torch.Tensor], *args: Any, **options: Any) -> None:
-        found.append(Variant(name, _ARCHS[name.rsplit("/", 1)[1]], launch, args, options))
+        tile, label = name.rsplit("/", 1)
+        found.append(Variant(name, launch, args, {**options, "wide": False}))
+        found.append(Variant(f"{tile}-wide/{label}", launch, args, {**options, "wide": True}))
 
     for dtype, label in (*_NAMES.items(), (torch.float32, "tf32")):
         conv = conv_bn_act.launch_conv_bn_act
@@ -116,14 +115,14 @@ def variants() -> list[Variant]:
     return found
 
 
-class _Recorder:
+class Recorder:
     """Stands in for wrap_triton: keeps the kernel and its arguments instead of launching."""
 
     def __init__(self) -> None:
         self.kernel: Any = None
         self.arguments: dict[str, Any] = {}
 
-    def __call__(self, kernel: Any) -> _Recorder:
+    def __call__(self, kernel: Any) -> Recorder:
         self.kernel = kernel
         return self
 
@@ -136,7 +135,7 @@ class _Recorder:
 
 def source(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
     """The Triton source of a variant, specialised as a launch specialises it, and its options."""
-    recorder = _Recorder()
+    recorder = Recorder()
     variant.launch(*variant.args, **variant.options, wrap_triton=recorder)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -193,23 +192,15 @@ def _compile_named(job: tuple[str, int]) -> tuple[str, dict[str, Any]]:
         return f"{name}/sm_{arch}", {"error": f"{type(error).__name__}: {error}"}
 
 
-def compile_all(
-    names: Iterable[str] | None = None,
-    archs: tuple[int, ...] = ARCHITECTURES,
+def compile_jobs(
+    jobs: Iterable[tuple[str, int]],
     processes: int = 2,
     report: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Resources of every variant on its architectures, by "op/kernel/config/dtype/sm_XX".
+    """Resources of (variant's name, architecture) pairs, by "op/kernel/config/dtype/sm_XX".
 
     A variant that does not compile has the single entry "error".
     """
-    chosen = None if names is None else set(names)
-    jobs = [
-        (v.name, arch)
-        for v in variants()
-        for arch in v.archs
-        if arch in archs and (chosen is None or v.name in chosen)
-    ]
     table: dict[str, dict[str, Any]] = {}
     # Spawned: forking a process that has run torch's threads can deadlock.
     context = multiprocessing.get_context("spawn")
@@ -229,8 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
     names = [v.name for v in variants() if options.only in v.name]
-    table = compile_all(
-        names,
+    table = compile_jobs(
+        [(name, arch) for name in names for arch in ARCHITECTURES],
         processes=options.processes,
         report=lambda name, row: print(f"{name}: {row}", flush=True),
     )

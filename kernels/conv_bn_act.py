@@ -111,6 +111,11 @@ def _tap(
     y = iy + r * DIL_H
     x = ix + s * DIL_W
     ok = rows_ok & (z >= 0) & (z < D) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    if WIDE:
+        # Taps start the products with dilations and strides, which are 32 bits wide.
+        t = tl.cast(t, tl.int64)
+        r = tl.cast(r, tl.int64)
+        s = tl.cast(s, tl.int64)
     x_tap = x_rows + (t * DIL_D * stride_xd + r * DIL_H * stride_xh + s * DIL_W * stride_xw)
     w_tap = w_cols + (t * stride_wt + r * stride_wr + s * stride_ws)
     for c0 in range(0, CG, BLOCK_C):
@@ -172,6 +177,8 @@ def _packed_row(
     ok = rows_ok & (z >= 0) & (z < D) & (y >= 0) & (y < H)
     ok = ok[:, None] & i_ok[None, :] & (x >= 0) & (x < W)
     if WIDE:
+        t = tl.cast(t, tl.int64)
+        r = tl.cast(r, tl.int64)
         s = s.to(tl.int64)
         c = c.to(tl.int64)
     x_tap = x_rows + (t * DIL_D * stride_xd + r * DIL_H * stride_xh)
@@ -219,10 +226,11 @@ FLOAT_CONFIGS = (
 )
 # s and c share the reduction where S * C / groups <= 64: the C = 3 stem reduces over 7 rows of 32
 # instead of 49 taps of 16; a depthwise filter over R rows of 16. The block is the power of two. The
-# packed index defeats vector loads: 16 elements of x a thread, or the unrolled rows spill on sm_80.
+# packed index defeats vector loads: more than 16 elements of x a thread spill in the unrolled rows
+# on sm_80, and with 64-bit offsets 16 of them do in rows of 32 (208 bytes), hence 8 there.
 PACKED_CONFIGS = (
     Config(128, 64, 16, 4, 2, packed=True),
-    Config(128, 64, 32, 8, 2, packed=True),
+    Config(64, 64, 32, 8, 2, packed=True),
     Config(64, 64, 64, 8, 2, packed=True),
 )
 PACKED_FLOAT_CONFIGS = (
@@ -336,6 +344,8 @@ def conv_kernel(
     tiles_k = tl.cdiv(KG, BLOCK_N)
     pid_k = pid % tiles_k
     pid = pid // tiles_k
+    if WIDE:
+        M = tl.cast(M, tl.int64)
     tiles_m = tl.cdiv(M, BLOCK_M).to(tl.int32)
     pid_m = pid % tiles_m
     group = pid // tiles_m
@@ -345,10 +355,13 @@ def conv_kernel(
 
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_ok = m < M
+    # One quotient after the other: the product of the sizes may pass 2^31.
+    line = m // Q
+    plane = line // P
+    n = plane // O
     q = m % Q
-    p = (m // Q) % P
-    o = (m // (Q * P)) % O
-    n = m // (Q * P * O)
+    p = line % P
+    o = plane % O
     iz = o * STRIDE_D - PAD_D
     iy = p * STRIDE_H - PAD_H
     ix = q * STRIDE_W - PAD_W
@@ -361,6 +374,12 @@ def conv_kernel(
         n * stride_xn + iz * stride_xd + iy * stride_xh + ix * stride_xw + group * CG * stride_xc
     )
     w_cols = w_ptr + k * stride_wk
+    if WIDE:
+        # Offsets take 64 bits, coordinates do not: sizes and padding are below 2^31, and one that
+        # wraps is negative, as masked as where it came from. 64-bit ones spill in the packed rows.
+        iz = iz.to(tl.int32)
+        iy = iy.to(tl.int32)
+        ix = ix.to(tl.int32)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if PACKED:
@@ -448,6 +467,8 @@ def gemm_kernel(
     tiles_k = tl.cdiv(KG, BLOCK_N)
     pid_k = pid % tiles_k
     pid = pid // tiles_k
+    if WIDE:
+        M = tl.cast(M, tl.int64)
     tiles_m = tl.cdiv(M, BLOCK_M).to(tl.int32)
     pid_m = pid % tiles_m
     group = pid // tiles_m
@@ -555,6 +576,9 @@ def launch_conv_bn_act(
     strides = _triple("stride", stride, dims, 1, 1)
     pads = _triple("padding", padding, dims, 0, 0)
     dils = _triple("dilation", dilation, dims, 1, 1)
+    # A symbolic size is not asked: that would guard on it.
+    if any(type(v) is int and v >= 1 << 31 for v in (*x.shape[2:], *pads)):
+        raise ValueError(f"x: expected dimensions and padding below 2^31, got {tuple(x.shape)}")
     k_total, cg = weight.shape[:2]
     if groups < 1 or x.shape[1] != cg * groups or k_total % groups:
         raise ValueError(
@@ -606,6 +630,13 @@ def launch_conv_bn_act(
     if config.packed and taps[2] * cg > config.block_c:
         raise ValueError(f"config: {config.name} packs {config.block_c}, got {taps[2] * cg}")
     tf32 = x.dtype == torch.float32 and (_allow_tf32() if allow_tf32 is None else allow_tf32)
+    sx, sw, sy = x5.stride(), w5.stride(), y5.stride()
+    # How far padding and taps lead out of x, in elements; a dimension that repeats one element
+    # (stride 0) still counts pixels.
+    reach = sum(
+        (p + d * (f - 1)) * (step + 1)
+        for p, d, f, step in zip(pads, dils, taps, sx[2:], strict=True)
+    )
     static = n_taps <= MAX_STATIC_TAPS and (tf32 or x.dtype != torch.float32)
     flags = {
         "HAS_SCALE": scale is not None,
@@ -614,7 +645,7 @@ def launch_conv_bn_act(
         "ACT": code,
         "ALLOW_TF32": tf32,
         "INTERPRET": INTERPRET,
-        "WIDE": needs_int64(x, weight, y) if wide is None else wide,
+        "WIDE": needs_int64(x, weight, y, reach=reach) if wide is None else wide,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_C": config.block_c,
@@ -630,7 +661,6 @@ def launch_conv_bn_act(
         y,
     )
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * groups,)
-    sx, sw, sy = x5.stride(), w5.stride(), y5.stride()
     pointwise = n_taps == 1 and strides == [1, 1, 1] and pads == [0, 0, 0]
     with device_of(x):
         if pointwise and not config.packed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ import triton
 INTERPRET = bool(triton.knobs.runtime.interpret)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# What Triton raises where a kernel cannot be built or does not fit a device: its own errors, which
+# are no RuntimeErrors, and those of the compilers that it calls.
+FAILURES = (triton.errors.TritonError, subprocess.SubprocessError, OSError)
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _INT32_MAX = 2**31 - 1
@@ -65,14 +70,15 @@ def channel_vector(name: str, t: torch.Tensor | None, k: int, x: torch.Tensor) -
     return t.to(torch.float32).contiguous()
 
 
-def needs_int64(*tensors: torch.Tensor) -> bool:
+def needs_int64(*tensors: torch.Tensor, reach: int = 0) -> bool:
     """Whether an element offset into one of the tensors, tile overhang included, can pass 2^31.
 
-    A symbolic size answers yes: asking would guard on it, and the graph serves every batch.
+    `reach` is how far beyond a tensor's ends offsets are formed that masks keep from being read. A
+    symbolic size answers yes: asking would guard on it, and the graph serves every batch.
     """
     slack = 1 << 20
     for t in tensors:
-        span = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        span = reach + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
         if isinstance(span, torch.SymInt) or span > _INT32_MAX - slack:
             return True
     return False

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from resnet_fast import kernels
 
@@ -16,6 +17,7 @@ if not AVAILABLE:
 
 import triton  # noqa: E402
 from resnet_fast.kernels import compile as offline  # noqa: E402
+from resnet_fast.kernels import conv_bn_act, launch  # noqa: E402
 
 FIGURES = Path(__file__).parent / "data" / "triton_resources.json"
 
@@ -33,7 +35,7 @@ def _expected_matrix(name: str) -> str:
 
 
 def _names() -> set[str]:
-    return {f"{v.name}/sm_{arch}" for v in offline.variants() for arch in v.archs}
+    return {f"{v.name}/sm_{arch}" for v in offline.variants() for arch in offline.ARCHITECTURES}
 
 
 def _recorded() -> dict[str, dict[str, Any]]:
@@ -49,25 +51,47 @@ def test_every_variant_is_recorded_without_a_spill() -> None:
         assert row["matrix"] == _expected_matrix(name), (name, row)
 
 
-def _now(name: str) -> bool:
-    """What is compiled in each run: GEMMs, and fp16 of the rest (an unrolled 3x3 takes seconds)."""
-    return "/gemm/" in name or name.endswith("/fp16")
+def test_the_record_is_of_every_kind() -> None:
+    """Each dtype on each architecture, with 32-bit and with 64-bit offsets."""
+    kinds = {(n.split("/")[0], "-wide/" in n, *n.split("/")[-2:]) for n in _recorded()}
+    ops = {"conv_bn_act": 4, "bn_act": 3, "add_act": 3, "add_act_backward": 3}
+    assert len(kinds) == sum(ops.values()) * 2 * len(offline.ARCHITECTURES)
+
+
+# What is compiled in each run: what spills first, and one of every kind. An unrolled filter takes
+# seconds; all of them take ten minutes.
+def _now() -> list[tuple[str, int]]:
+    narrow = [v.name for v in offline.variants() if "-wide/" not in v.name]
+    chosen = [(n, 90) for n in narrow if n.endswith("/fp16")]
+    chosen += [(n, 80) for n in narrow if "/conv3x3/" in n and n.endswith("/fp16")]
+    tile = conv_bn_act.HALF_CONFIGS[0].name
+    single = conv_bn_act.FLOAT_CONFIGS[0].name
+    packed = conv_bn_act.PACKED_CONFIGS[1].name
+    filters = f"conv_bn_act/conv3x3/{tile}"
+    chosen += [
+        (f"{filters}/fp16", 100),
+        (f"{filters}/bf16", 90),
+        (f"{filters}-wide/fp16", 80),
+        (f"{filters}-wide/fp16", 90),
+        (f"conv_bn_act/conv3x3/{single}/fp32", 80),
+        (f"conv_bn_act/conv3x3/{single}-wide/fp32", 90),
+        (f"conv_bn_act/conv3x3/{single}/tf32", 80),
+        (f"conv_bn_act/conv7x7/{packed}-wide/fp16", 80),
+        (f"conv_bn_act/gemm/{tile}-wide/fp16", 90),
+        (f"conv_bn_act/gemm/{single}/fp32", 90),
+    ]
+    return chosen
 
 
 def test_compiled_now(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compiles afresh, in an empty cache, and compares with the record.
-
-    sm_90 for all of them and sm_80 for the filters, which spill there first.
-    """
+    """Compiles afresh, in an empty cache, and compares with the record."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     recorded = _recorded()
     known = triton.__version__ in json.loads(FIGURES.read_text())
-    names = [v.name for v in offline.variants() if _now(v.name)]
-    compiled = offline.compile_all(names, archs=(90,))
-    filters = [n for n in names if "/conv3x3/" in n]
-    compiled |= offline.compile_all(filters, archs=(80,))
-    assert len(compiled) > len(filters) > 0
+    chosen = _now()
+    compiled = offline.compile_jobs(chosen)
+    assert set(compiled) == {f"{name}/sm_{arch}" for name, arch in chosen}
     for name, row in compiled.items():
         assert "error" not in row, (name, row)
         assert row["spill"] == 0, (name, row)
@@ -75,3 +99,32 @@ def test_compiled_now(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if known:
             assert row["shared"] == recorded[name]["shared"], (name, row)
             assert row["registers"] <= recorded[name]["registers"] + REGISTERS, (name, row)
+
+
+def _meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+
+@pytest.mark.parametrize(
+    "padding, dilation, wide",
+    [(0, 1, False), (1 << 9, 1, False), (1 << 11, 1, True), (1 << 10, 1 << 10, True)],
+)
+def test_offsets_are_64_bit_where_padding_or_taps_reach_2_31(
+    padding: int, dilation: int, wide: bool
+) -> None:
+    """Rows of 2^20 elements, 64 of them: x spans 2^26."""
+    x, w = _meta(1, 1024, 64, 1024), _meta(8, 1024, 3, 1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    recorder = offline.Recorder()
+    geometry = ([1, 1], [padding, 0], [dilation, 1], 1)
+    conv_bn_act.launch_conv_bn_act(x, w, None, None, None, *geometry, "none", wrap_triton=recorder)
+    assert recorder.arguments["WIDE"] is wide
+
+
+def test_needs_int64() -> None:
+    """The last element's offset decides, not the number of elements."""
+    assert not launch.needs_int64(_meta(1 << 15, 1 << 15))
+    assert launch.needs_int64(_meta(1 << 16, 1 << 15))
+    assert launch.needs_int64(_meta(1, 1).as_strided((2, 1), (1 << 31, 1)))
+    assert not launch.needs_int64(_meta(1 << 15), reach=1 << 30)
+    assert launch.needs_int64(_meta(1 << 15), reach=1 << 31)

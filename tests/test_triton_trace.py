@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +20,14 @@ import triton  # noqa: E402
 from torch._functorch.aot_autograd import aot_export_module  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
 
 import resnet_fast.ops.add_act_triton  # noqa: E402
 import resnet_fast.ops.bn_act_triton  # noqa: E402
 import resnet_fast.ops.conv_bn_act_triton  # noqa: E402, F401
+from resnet_fast import ops  # noqa: E402
+from resnet_fast.errors import DTypeError, LibraryError  # noqa: E402
+from resnet_fast.ops import _triton  # noqa: E402
 
 TRITON_OPS = {
     "_conv_bn_act_triton": "conv_bn_act",
@@ -108,3 +114,128 @@ def test_a_cpu_tensor_is_refused_in_words() -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="GPU"):
         torch.ops.resnet_fast._add_act_triton(x, x, "relu")
+
+
+PUBLIC = [*TRITON_OPS.values(), "bn_act_train", "_bn_act_train_backward"]
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_every_op_answers_on_cuda(op: str) -> None:
+    """By a kernel or by a typed error, never by the dispatcher's NotImplementedError."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", "CUDA")
+
+
+def test_public_ops_on_fake_cuda_tensors() -> None:
+    with FakeTensorMode():
+        x, w, _, s = _inputs()
+        y = ops.conv_bn_act(x, w, s, s, None, stride=2, padding=1, act="relu")
+        assert y.shape == (4, 128, 7, 7) and y.stride() == (6272, 1, 896, 128)
+        for z in (
+            ops.bn_act(y, s, s, y, "silu"),
+            ops.add_act(y, y, "relu"),
+            ops.bn_act_train(y, s, s, None, 1e-5, "relu")[0],
+        ):
+            assert (z.shape, z.stride(), z.dtype) == (y.shape, y.stride(), x.dtype)
+            assert z.device == x.device
+
+
+def _on_cuda(op: str, *args: Any) -> Any:
+    """Calls the CUDA kernel of an op itself; on CPU tensors, so that it must refuse them."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return getattr(torch.ops.resnet_fast, op).default.redispatch(keys, *args)
+
+
+def test_what_no_cuda_kernel_runs_is_refused_in_words() -> None:
+    x, c = torch.zeros(2, 3, 4), torch.zeros(3)
+    with pytest.raises(LibraryError, match=r"bn_act_train has no CUDA.*torch\.nn"):
+        _on_cuda("bn_act_train", x, None, None, None, 1e-5, "relu")
+    with pytest.raises(LibraryError, match=r"_bn_act_train_backward has no CUDA"):
+        _on_cuda("_bn_act_train_backward", x, x, None, None, None, c, c, "relu")
+    x, w = x.double(), torch.zeros(3, 3, 1).double()
+    with pytest.raises(DTypeError, match=r"float16.*torch\.nn.*float64"):
+        _on_cuda("conv_bn_act", x, w, None, None, None, [1], [0], [1], 1, "relu")
+    with pytest.raises(ValueError, match="GPU"):
+        w = w.float()
+        _on_cuda("conv_bn_act", x.float(), w, None, None, None, [1], [0], [1], 1, "relu")
+
+
+def test_a_kernel_that_a_device_cannot_run_is_a_library_error() -> None:
+    """Triton's errors are no RuntimeErrors; whoever verifies a candidate expects those."""
+
+    def launch_nothing(*args: Any, **options: Any) -> torch.Tensor:
+        raise OutOfResources(65552, 65536, "shared memory")
+
+    with pytest.raises(LibraryError, match=r"launch_nothing.*shared memory"):
+        _triton._Traceable(launch_nothing)(torch.zeros(1))
+
+
+# A process in which the CUDA library cannot be loaded.
+WITHHELD = """
+import sys, torch
+if "no-triton" in sys.argv:
+    sys.modules["triton"] = None
+load = torch.ops.load_library
+def withhold(path):
+    if "_C_cuda" in str(path):
+        raise OSError("withheld")
+    load(path)
+torch.ops.load_library = withhold
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from resnet_fast import _library, ops
+from resnet_fast.errors import DTypeError, LibraryError
+from resnet_fast.plan.candidate import CANDIDATES, ConvArgs
+from resnet_fast.plan.site import Site
+assert not _library.status()["cuda"].loaded
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+x, w = torch.zeros(2, 3, 4, dtype=torch.double), torch.zeros(3, 3, 1, dtype=torch.double)
+for op, args in {
+    "conv_bn_act": (x, w, None, None, None, [1], [0], [1], 1, "relu"),
+    "bn_act": (x, None, None, None, "relu"),
+    "add_act": (x, x, "relu"),
+    "_add_act_backward": (x, x, x, "relu"),
+}.items():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", "CUDA"), op
+    try:
+        getattr(torch.ops.resnet_fast, op).default.redispatch(keys, *args)
+    except (DTypeError, LibraryError) as error:
+        print(op, type(error).__name__, error)
+site = Site("conv_bn_act", (2, 3, 5, 5), (4, 3, 1, 1), (1, 1), (0, 0), (1, 1), 1, "relu",
+            True, False, "float16", "contiguous", "cuda")
+print("rejected:", CANDIDATES["conv+bn_act"].reject(site))
+class Names(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        print("called:", func)
+        return func(*args, **(kwargs or {}))
+if "no-triton" not in sys.argv:
+    with FakeTensorMode(), Names():
+        x = torch.empty(2, 3, 5, 5, device="cuda", dtype=torch.half)
+        w, v = x.new_empty(4, 3, 1, 1), x.new_empty(4)
+        args = ConvArgs(w, None, v, v, v, v, 1e-5, [1, 1], [0, 0], [1, 1], 1)
+        for call in (CANDIDATES["conv+bn_act"].trace, CANDIDATES["conv+bn_act"].run):
+            assert call(x, args, None, "relu").shape == (2, 4, 5, 5)
+"""
+
+
+def _withheld(*argv: str) -> str:
+    command = [sys.executable, "-c", WITHHELD, *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_without_the_cuda_library_triton_stands_in() -> None:
+    out = _withheld()
+    assert out.count("DTypeError") == 4 and "LibraryError" not in out
+    assert "rejected: None" in out
+    assert out.count("called: resnet_fast._bn_act_triton") == 2, out
+    assert "resnet_fast.bn_act." not in out
+
+
+def test_with_neither_the_error_names_both() -> None:
+    lines = _withheld("no-triton").splitlines()
+    errors = [line for line in lines if "LibraryError" in line]
+    assert len(errors) == 4
+    for line in errors:
+        assert "withheld" in line and "triton" in line and "Use torch." in line
+    assert "rejected: the CUDA op library is not loaded, and Triton is not installed" in lines

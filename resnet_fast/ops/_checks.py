@@ -27,6 +27,22 @@ def require_op(name: str) -> None:
     raise LibraryError(f"the loaded native library does not define resnet_fast::{name}; rebuild it")
 
 
+def lacks_cuda(op: str) -> bool:
+    """Whether ``resnet_fast::op`` is defined and no library has registered a CUDA kernel for it."""
+    name = f"resnet_fast::{op}"
+    return has_op(op) and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+def refuse_cuda(op: str, reason: str) -> None:
+    """Let ``resnet_fast::op`` raise ``LibraryError`` on CUDA tensors if nothing else runs there."""
+
+    def refuse(*arguments: object) -> None:
+        raise LibraryError(f"resnet_fast::{op} has no CUDA kernel: {reason}")
+
+    if lacks_cuda(op):
+        torch.library.impl(f"resnet_fast::{op}", "CUDA", refuse)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

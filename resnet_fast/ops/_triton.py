@@ -1,4 +1,4 @@
-"""Registration of a Triton launcher as an op that torch.compile sees through."""
+"""Registration of a Triton launcher: as an op that torch.compile sees through, and on CUDA."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from typing import Any
 import torch
 from torch.library import triton_op, wrap_triton
 
-from resnet_fast import kernels  # type: ignore[attr-defined]  # it lies in kernels/
+from resnet_fast import _library, kernels  # type: ignore[attr-defined]  # it lies in kernels/
+from resnet_fast.errors import DTypeError, LibraryError
+from resnet_fast.ops import _checks
 
 AVAILABLE, REASON = kernels.available()
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{kernels.__name__}.{name}")
+
+
+def _launched(launch: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
+    """What the launcher returns; where Triton itself fails, ``LibraryError``, as callers expect."""
+    try:
+        return launch(*args, **options)
+    except _module("launch").FAILURES as failure:
+        raise LibraryError(f"{launch.__name__}: Triton cannot run here: {failure}") from failure
 
 
 class _Traceable:
@@ -26,7 +40,7 @@ class _Traceable:
         self._launch = launch
 
     def __call__(self, *args: Any) -> torch.Tensor:
-        return self._launch(*args, wrap_triton=wrap_triton)
+        return _launched(self._launch, *args, wrap_triton=wrap_triton)
 
 
 @contextmanager
@@ -58,7 +72,7 @@ def register(name: str, schema: str, module: str, launch: str, jitted: Sequence[
     """
     if not AVAILABLE:
         return
-    rooms = importlib.import_module(f"{kernels.__name__}.{module}")
+    rooms = _module(module)
     qualified = f"resnet_fast::{name}"
     with _given(schema):
         triton_op(qualified, _Traceable(getattr(rooms, launch)), mutates_args={}, schema=schema)
@@ -67,3 +81,25 @@ def register(name: str, schema: str, module: str, launch: str, jitted: Sequence[
     except ImportError:
         return
     triton_ops_to_kernels[qualified] = [getattr(rooms, kernel) for kernel in jitted]
+
+
+def implement(op: str, module: str, launch: str, instead: str) -> None:
+    """Make a launcher the CUDA kernel of ``resnet_fast::op`` where the CUDA library has none.
+
+    Without Triton the op raises ``LibraryError``, for fp64 ``DTypeError``; both name ``instead``.
+    """
+    if not AVAILABLE:
+        native = _library.status()["cuda"]
+        library = "the CUDA library has none" if native.loaded else f"its library: {native.reason}"
+        _checks.refuse_cuda(op, f"{library}; Triton: {REASON}. Use {instead}")
+    if not _checks.lacks_cuda(op):
+        return
+    launcher = getattr(_module(module), launch)
+
+    def run(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if x.dtype is torch.float64:
+            expected = f"float32, float16 or bfloat16 in the Triton kernel of {op}, else {instead}"
+            raise DTypeError("x", expected, "float64")
+        return _launched(launcher, x, *arguments)
+
+    torch.library.impl(f"resnet_fast::{op}", "CUDA", run)

@@ -55,7 +55,8 @@ def bn_act(
     Raises:
         ArgumentError: a rank, size, value or device that does not fit; it names the argument.
         DTypeError: an unsupported dtype, or dtypes that do not go together.
-        LibraryError: the native library is not loaded.
+        LibraryError: the native library is not loaded, or has no kernel for the device of ``x``
+            and Triton, which would have one for CUDA, is not installed.
     """
     check(x, scale, shift, residual, act)
     if not _REGISTERED:

@@ -178,7 +178,8 @@ def _backward(
     ctx: Any, grad_y: Tensor, grad_mean: Tensor | None, grad_rstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph: the backward op has no derivative of its own
-        grads = _differentiable_backward(grad_y, *ctx.saved_tensors[:4], ctx.eps, ctx.act)
+        x, weight, bias, residual = ctx.saved_tensors[:4]
+        grads = _differentiable_backward(grad_y, x, weight, bias, residual, ctx.eps, ctx.act)
     else:
         grads = torch.ops.resnet_fast._bn_act_train_backward.default(
             grad_y, *ctx.saved_tensors, ctx.act

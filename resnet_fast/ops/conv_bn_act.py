@@ -119,7 +119,8 @@ def conv_bn_act(
     Raises:
         ArgumentError: a rank, size, value or device that does not fit; it names the argument.
         DTypeError: an unsupported dtype, or dtypes that do not go together.
-        LibraryError: the native library is not loaded.
+        LibraryError: the native library is not loaded, or has no kernel for the device of ``x``
+            and Triton, which would have one for CUDA, is not installed.
     """
     geometry = check(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
     if not _REGISTERED:

@@ -41,6 +41,11 @@ def available(dtype: torch.dtype) -> bool:
     return False
 
 
+def has_fp16() -> bool:
+    """Whether oneDNN, and with it the framework's convolution, computes in fp16 here."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def _pack(
     x_shape: torch.Size,
     dtype: torch.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resnet_fast.ops._triton import register
+from resnet_fast.ops._triton import implement, register
 
 register(
     "_conv_bn_act_triton",
@@ -12,3 +12,4 @@ register(
     "launch_conv_bn_act",
     ("conv_kernel", "gemm_kernel"),
 )
+implement("conv_bn_act", "conv_bn_act", "launch_conv_bn_act", "torch.nn.functional.conv2d")

@@ -214,11 +214,14 @@ def _reject_epilogue(site: Site) -> str | None:
     if site.dtype == "float64":
         return "fp64 has no fused epilogue"
     status = _library.status().get("cuda")
-    return None if status is not None and status.loaded else "the CUDA op library is not loaded"
+    if (status is not None and status.loaded) or hasattr(torch.ops.resnet_fast, "_bn_act_triton"):
+        return None
+    return "the CUDA op library is not loaded, and Triton is not installed"
 
 
 def _epilogue(traced: bool) -> Run:
     affine = _affine_traced if traced else _affine
+    op = "bn_act" if _library.status()["cuda"].loaded else "_bn_act_triton"
 
     def run(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
         scale, shift = affine(x, args)
@@ -228,7 +231,7 @@ def _epilogue(traced: bool) -> Run:
             residual = residual.contiguous(
                 memory_format=channels_last(y) or torch.contiguous_format
             )
-        return torch.ops.resnet_fast.bn_act(y, scale, shift, residual, act)
+        return getattr(torch.ops.resnet_fast, op)(y, scale, shift, residual, act)
 
     return run
 
@@ -343,10 +346,14 @@ def default_order(site: Site) -> tuple[str, ...]:
     """Candidates to try without a measurement, best first.
 
     On the CPU this package's kernels run, and the fused oneDNN convolution where they do not: it
-    is the library that ``aten`` calls. On CUDA the library's convolution with one fused pass behind
-    it can only save launches and bytes; a kernel that replaces the convolution has to win a
-    measurement first (:func:`resnet_fast.plan.tune`).
+    is the library that ``aten`` calls. In fp16, which oneDNN refuses on most processors, the C++
+    convolution takes from half to a fiftieth of the framework's time (ResNet's shapes, 2 Zen 4
+    cores); with one spatial dimension it takes up to twice as long, and ``aten`` runs. On CUDA the
+    library's convolution with one fused pass behind it can only save launches and bytes; a kernel
+    that replaces the convolution has to win a measurement first (:func:`resnet_fast.plan.tune`).
     """
     if site.device.startswith("cpu"):
+        if site.dtype == "float16" and not conv_bn_act_onednn.has_fp16():
+            return ("native", "aten")
         return (*_winograd_order(site), "direct", "onednn", "aten")
     return ("conv+bn_act", "aten")

@@ -10,6 +10,7 @@ tests/test_triton_interpreter.py starts it. By hand:
 from __future__ import annotations
 
 import itertools
+import mmap
 from typing import Any, NamedTuple
 
 import pytest
@@ -154,11 +155,102 @@ def test_conv_heuristic(name: str, dtype: torch.dtype) -> None:
     _assert_budget("conv_bn_act", y, args)
 
 
-@pytest.mark.parametrize("name", ["1x1-groups", "3x3-groups", "depthwise", "3d-thin"])
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_conv_int64_offsets_and_op(name: str) -> None:
     args = _conv_args(GEOMETRIES[name], torch.float16)
     y = torch.ops.resnet_fast._conv_bn_act_triton(*args)
+    assert torch.equal(y, conv_bn_act.launch_conv_bn_act(*args, wide=False))
     assert torch.equal(y, conv_bn_act.launch_conv_bn_act(*args, wide=True))
+
+
+def test_conv_is_the_public_ops_cuda_kernel() -> None:
+    args = _conv_args(GEOMETRIES["3x3-groups"], torch.float16)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    y = torch.ops.resnet_fast.conv_bn_act.default.redispatch(keys, *args)
+    assert torch.equal(y, conv_bn_act.launch_conv_bn_act(*args))
+
+
+class _Altered:
+    """Stands in for wrap_triton: launches one program, with some arguments replaced."""
+
+    def __init__(self, **changes: int) -> None:
+        self.changes = changes
+
+    def __call__(self, kernel: Any) -> Any:
+        self.kernel = kernel
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **flags: Any) -> None:
+            named = dict(zip(self.kernel.arg_names, args, strict=False))
+            self.kernel[(1,)](**{**named, **flags, **self.changes})
+
+        return launch
+
+
+# Q is 3: the product of the three is 2 in 32 bits.
+@pytest.mark.parametrize("o, p", [(1, 1431655766), (715827883, 2)])
+def test_conv_image_of_more_pixels_than_32_bits_count(o: int, p: int) -> None:
+    """The first tile of an image of 2^32 pixels and two: all of it belongs to image 0."""
+    g = GEOMETRIES["1x1-stride2"]._replace(x=(3, 20, 3, 5))
+    args = _conv_args(g, torch.float32)
+    y = conv_bn_act.launch_conv_bn_act(*args)
+    altered = _Altered(D=2**31 - 1, H=2**31 - 1, O=o, P=p, M=6)
+    tile = conv_bn_act.launch_conv_bn_act(*args, wide=True, wrap_triton=altered)
+    assert torch.equal(tile[0], y[0])
+    assert tile[1:].isnan().all()
+
+
+def _sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of which only the pages that are written take memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
+
+
+TAPS = {
+    "unrolled": (torch.float16, conv_bn_act.HALF_CONFIGS[2]),
+    "loop": (torch.float32, conv_bn_act.FLOAT_CONFIGS[0]),
+    "packed": (torch.float16, conv_bn_act.PACKED_CONFIGS[0]),
+    "packed-loop": (torch.float32, conv_bn_act.PACKED_FLOAT_CONFIGS[0]),
+}
+
+
+@pytest.mark.parametrize("taps", TAPS)
+@pytest.mark.parametrize("axis", ["t", "r", "s"])
+@pytest.mark.parametrize("far", ["x", "weight"])
+def test_conv_taps_beyond_32_bits(far: str, axis: str, taps: str) -> None:
+    """Taps 2^30 elements apart: the third is 2^31 from the first."""
+    dtype, config = TAPS[taps]
+    step, half = 1 << 30, 1 << 29
+    x = {"t": (1, 1, 3, 1, 2), "r": (1, 1, 3, 2), "s": (1, 1, 3)}[axis]
+    dims = len(x) - 2
+    ones = (1,) * dims
+    g = Geometry(x, (4, 1, 3, *ones[1:]), ones, (0,) * dims, ones, 1, "", "none", False)
+    args = list(_conv_args(g, dtype))
+    y = conv_bn_act.launch_conv_bn_act(*args, config=config)
+    memory = _sparse(3 * step, dtype)
+    if far == "weight":
+        args[1] = memory.as_strided(g.weight, (1, 1, step, *ones[1:])).copy_(args[1])
+    elif axis == "s":
+        args[0] = memory.as_strided(x, (1, 1, step)).copy_(args[0])
+    else:
+        # Contiguous, so that it is read in place: the columns that count are half a row apart.
+        wide = memory.view(*x[:-1], step)
+        wide[..., ::half] = args[0]
+        args[0], args[5] = wide, [*ones[1:], half]
+    assert torch.equal(conv_bn_act.launch_conv_bn_act(*args, config=config), y)
+
+
+def test_conv_reach_beyond_32_bits() -> None:
+    """A small x whose padding and dilation lead 2^31 elements out of it: the middle tap counts."""
+    far = 1 << 20
+    g = GEOMETRIES["3x3"]._replace(x=(1, 1024, 2, 2), weight=(4, 1024, 3, 1), residual=False)
+    args = list(_conv_args(g._replace(padding=(1, 0)), torch.float32))
+    weight = args[1]
+    args[1], args[6] = weight[:, :, 1:2], [0, 0]
+    middle = conv_bn_act.launch_conv_bn_act(*args)
+    args[1], args[6:8] = weight, [[far, 0], [far, 1]]
+    assert torch.equal(conv_bn_act.launch_conv_bn_act(*args), middle)
 
 
 @pytest.mark.parametrize("act", activation.ACTIVATIONS)
@@ -307,6 +399,8 @@ def _bad_conv(**changes: Any) -> tuple[Any, ...]:
         {"x": torch.zeros(3, 36, 7, 7, dtype=torch.float64)},
         {"x": torch.zeros(3, 35, 7, 7)},
         {"x": torch.zeros(36, 7)},
+        {"x": torch.zeros(1, 36, 1, 1).expand(1, 36, 1 << 31, 1)},
+        {"padding": [1 << 31, 0]},
         {"weight": torch.zeros(21, 36, 3)},
         {"weight": torch.zeros(21, 36, 3, 3, dtype=torch.float16)},
         {"weight": torch.zeros(21, 36, 10, 3)},
