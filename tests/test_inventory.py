@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fast import ops
+import resnet_fast
+from resnet_fast import _library, models, ops
 from resnet_fast.ops import activation
 from resnet_fast.testing import cases, reordered, shapes
 
@@ -22,6 +23,13 @@ PARTS = {"_direct_weight", "_direct_conv", "_winograd_weight", "_winograd_conv",
 # Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}
 CUDA = {"add_act", "bn_act"}
+# The algorithms of the sources that are named for their op alone.
+UNNAMED = {
+    "conv_bn_act": ["panel_gemm", "depthwise"],
+    "bn_act": ["affine"],
+    "add_act": ["affine"],
+    "bn_act_train": ["two_pass"],
+}
 
 
 def read(path: str) -> str:
@@ -122,6 +130,49 @@ def test_no_source_without_an_op() -> None:
             assert "STABLE_TORCH_LIBRARY" not in file.read_text(), file.name
 
 
+def included(path: str) -> str:
+    """A source with the headers of its own folder, one level deep."""
+    text = read(path)
+    headers = re.findall(r'#include "(\w+\.h)"', text)
+    return text + "".join(read(f"csrc/cpu/{name}") for name in headers if name != "isa.h")
+
+
+def sets_by_kernel() -> dict[tuple[str, str], set[str]]:
+    """Instruction sets by op and algorithm, as the file names and dispatches of csrc/cpu say."""
+    enum = re.search(r"enum class Isa \{(.*?)\}", read("csrc/cpu/isa.h"))
+    assert enum is not None
+    all_sets = set(re.findall(r"\w+", enum[1]))
+    found: dict[tuple[str, str], set[str]] = {}
+    for file in sorted(ROOT.glob("csrc/cpu/*.cpp")):
+        op = max((op for op in ops.OPS if file.stem.startswith(op)), key=len, default=None)
+        if op is None:
+            continue
+        text = included(f"csrc/cpu/{file.name}")
+        algorithm, *own = re.split(r"_(?=avx)", file.stem.removeprefix(op))
+        sets = set(own) or (all_sets if "run_on_isa(" in text else all_sets - {"avx512"})
+        tiles = re.findall(r"convolve<(\d), ", text) or [""]
+        names = [algorithm[1:] + tile for tile in tiles] if algorithm else UNNAMED[op]
+        for name in names:
+            found.setdefault((op, name), set()).update(sets)
+    return found
+
+
+def test_kernel_variants_are_those_of_the_sources() -> None:
+    """``resnet-fast info`` lists each source's kernels, for the sets it is compiled for."""
+    native = _library.native()
+    assert native is not None
+    listed: dict[tuple[str, str], set[str]] = {}
+    for row in native.kernel_variants():
+        if row["device"] == "cpu":
+            key = row["op"], row["name"].split("/")[2]
+            assert row["isa"] not in listed.setdefault(key, set())
+            listed[key].add(row["isa"])
+    assert listed == sets_by_kernel()
+    if native.build_info()["cuda_arch_list"]:
+        cuda = {row["op"] for row in native.kernel_variants() if row["device"] == "cuda"}
+        assert cuda == {file.stem for file in ROOT.glob("csrc/cuda/*.cu")}
+
+
 @pytest.mark.parametrize("op", ops.OPS)
 def test_cases(op: str) -> None:
     entries = cases.CASES[op]
@@ -133,6 +184,12 @@ def test_cases(op: str) -> None:
         assert any(0 in entry.x for entry in entries)
     assert op in reordered.REORDERED
     assert type(entries[0]).__name__ in read("benchmarks/test_bench_ops.py")
+
+
+def test_every_network_is_exported() -> None:
+    for name in models.list_models():
+        assert name in resnet_fast.__all__
+        assert getattr(resnet_fast, name) is getattr(models, name)
 
 
 def test_activations_have_one_order() -> None:

@@ -253,7 +253,7 @@ RF_INLINE inline void filter_block(const Plane& g, const Epilogue& e, const floa
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t row = cut_at(count, pieces, piece);
         const int64_t rows = cut_at(count, pieces, piece + 1) - row;
-        TileOut out{};
+        TileOut<float> out{};
         out.sums = sums + element * s_plane + row * NR;
         out.sums_stride = NR;
         out.chain = chain;

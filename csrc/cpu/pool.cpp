@@ -140,20 +140,21 @@ class Pool {
 void give_back(void* block) { Pool::instance().give(block); }
 
 Tensor empty_pooled(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                    const Tensor& device_of, MemoryFormat format) {
-  size_t bytes = sizeof(float);
+                    const Tensor& like, MemoryFormat format) {
+  const ScalarType dtype = like.scalar_type();
+  size_t bytes = dtype == ScalarType::Float ? 4 : 2;
   for (const int64_t n : shape) bytes *= static_cast<size_t>(n);
 #if defined(__SANITIZE_ADDRESS__)
   const bool pooled = false;  // reuse would hide accesses to freed memory
 #else
   const bool pooled = bytes >= kPooledBytes;
 #endif
-  if (!pooled) return empty(shape, ScalarType::Float, device_of, format);
+  if (!pooled) return empty(shape, dtype, like, format);
   void* block = Pool::instance().take(bytes);
   try {
     return torch::stable::from_blob(block, IntList(shape.data(), shape.size()),
-                                    IntList(strides.data(), strides.size()), device_of.device(),
-                                    ScalarType::Float, &give_back);
+                                    IntList(strides.data(), strides.size()), like.device(), dtype,
+                                    &give_back);
   } catch (...) {
     give_back(block);
     throw;
@@ -162,7 +163,7 @@ Tensor empty_pooled(const std::vector<int64_t>& shape, const std::vector<int64_t
 
 }  // namespace
 
-Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& device_of) {
+Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& like) {
   const auto rank = static_cast<int64_t>(shape.size());
   std::vector<int64_t> strides(shape.size());
   int64_t step = 1;
@@ -173,11 +174,11 @@ Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& devi
     step *= shape[d];
   }
   strides[0] = step;
-  return empty_pooled(shape, strides, device_of, channels_last_format(rank));
+  return empty_pooled(shape, strides, like, channels_last_format(rank));
 }
 
-Tensor empty_packed(int64_t count, const Tensor& device_of) {
-  return empty_pooled({count}, {1}, device_of, MemoryFormat::Contiguous);
+Tensor empty_packed(int64_t count, const Tensor& like) {
+  return empty_pooled({count}, {1}, like, MemoryFormat::Contiguous);
 }
 
 int64_t release_pool() { return static_cast<int64_t>(Pool::instance().release()); }

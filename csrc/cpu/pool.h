@@ -11,13 +11,14 @@
 
 namespace resnet_fast::cpu {
 
-// An uninitialised float32 CPU tensor in channels-last memory (rank 4 or 5). From `kPooledBytes`
-// on its memory comes from the pool, and goes back when the last tensor over it dies.
-Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& device_of);
+// An uninitialised CPU tensor in channels-last memory (rank 4 or 5), of the dtype of `like`:
+// float32 or 16 bits. From `kPooledBytes` on its memory comes from the pool, and goes back when the
+// last tensor over it dies.
+Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& like);
 
 // The same for `count` values of packed weights: large pages spare the product a walk of the page
 // table every 4 KiB.
-Tensor empty_packed(int64_t count, const Tensor& device_of);
+Tensor empty_packed(int64_t count, const Tensor& like);
 
 // Gives the unused blocks back to the system; returns their bytes.
 int64_t release_pool();

@@ -75,17 +75,18 @@ inline Clamp clamp_of(Act act) {
 }
 
 // y = act(sum * scale + shift + residual) for one pixel's filters.
-template <typename ActT>
+template <typename ActT, typename T>
 RF_INLINE inline void finish_row(ActT, int64_t length, const float* __restrict sums,
                                  const float* __restrict scale, const float* __restrict shift,
-                                 const float* __restrict residual, float* __restrict y) {
+                                 const T* __restrict residual, T* __restrict y) {
   if (residual != nullptr) {
     for (int64_t k = 0; k < length; ++k) {
-      y[k] = activate<ActT::value>(sums[k] * scale[k] + shift[k] + residual[k]);
+      y[k] = Narrow<T>::from(
+          activate<ActT::value>(sums[k] * scale[k] + shift[k] + widen(residual[k])));
     }
   } else {
     for (int64_t k = 0; k < length; ++k) {
-      y[k] = activate<ActT::value>(sums[k] * scale[k] + shift[k]);
+      y[k] = Narrow<T>::from(activate<ActT::value>(sums[k] * scale[k] + shift[k]));
     }
   }
 }
@@ -105,6 +106,7 @@ void parallel_on(int64_t tasks, const F& f) {
 constexpr int kAhead = 4096;
 
 // What becomes of a register tile: kept as partial sums, or finished.
+template <typename T>
 struct TileOut {
   float* sums;  // [MR][sums_stride]; read where `accumulate`, overwritten
   int64_t sums_stride;
@@ -113,8 +115,8 @@ struct TileOut {
   // y = clamp(sum * scale + shift + residual): every activation that is a clamp, in registers.
   const float* scale;
   const float* shift;
-  const float* residual;  // may be null
-  float* y;
+  const T* residual;  // may be null
+  T* y;
   int64_t y_stride;  // of residual, too
   float low, high;
 };
@@ -127,7 +129,7 @@ struct TileOut {
 // first-level cache, while the next chain is multiplied.
 template <int kBytes, int MR>
 RF_INLINE inline void multiply_rows(const float* rows, int64_t row_stride, const float* packed,
-                                    int64_t depth, const TileOut& out) {
+                                    int64_t depth, const TileOut<float>& out) {
   typedef float Vec __attribute__((vector_size(kBytes)));
   constexpr int kLanes = kBytes / int(sizeof(float)), NV = 2;
   Vec acc[MR][NV];
@@ -205,7 +207,7 @@ RF_INLINE inline void multiply_rows(const float* rows, int64_t row_stride, const
 }
 
 using MultiplyRows = void (*)(const float* rows, int64_t row_stride, const float* packed,
-                              int64_t depth, const TileOut& out);
+                              int64_t depth, const TileOut<float>& out);
 
 // multiply_rows for 1 to kRows rows, at index rows - 1; each compiled once for I and called, so
 // that the kernels around it stay small.
@@ -213,7 +215,7 @@ template <Isa I>
 inline constexpr auto kMultiplyRows = []<int... R>(std::integer_sequence<int, R...>) {
   return std::array<MultiplyRows, sizeof...(R)>{[](const float* rows, int64_t row_stride,
                                                    const float* packed, int64_t depth,
-                                                   const TileOut& out) {
+                                                   const TileOut<float>& out) {
     run_on<I>([&](auto) RF_INLINE {
       multiply_rows<Tile<I>::kBytes, R + 1>(rows, row_stride, packed, depth, out);
     });

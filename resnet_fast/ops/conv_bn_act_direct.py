@@ -1,4 +1,4 @@
-"""``conv_bn_act`` for dense kernels by this package's register-tiled product (CPU, fp32).
+"""``conv_bn_act`` for dense kernels by this package's register-tiled product (CPU, fp32, bf16).
 
 The weights are packed once by strips of filters and kept (:mod:`resnet_fast.ops._pack`), which is
 why this registration takes the batch-norm tensors themselves: a graph that calls it always starts
@@ -11,8 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet_fast import _library
 from resnet_fast.ops import _checks
 from resnet_fast.ops._pack import Call, cached, fold, like_convolution
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether the product runs in ``dtype`` here: bf16 wants AVX512_BF16."""
+    if not _checks.has_op("_direct_conv"):
+        return False
+    if dtype is not torch.bfloat16:
+        return dtype is torch.float32
+    native = _library.native()
+    return (
+        native is not None
+        and native.current_isa() == "avx512"
+        and native.cpu_features().get("avx512bf16", False)
+    )
 
 
 def prepare(
@@ -66,7 +81,8 @@ def run(
     """``act(BN(conv(x, weight) + bias) + residual)`` with running statistics.
 
     Shapes as :func:`resnet_fast.ops.conv_bn_act` with two or three spatial dimensions and one
-    group; fp32 throughout. The output is channels-last.
+    group; ``x`` fp32 or bf16, weight of its dtype, sums and epilogue fp32. The output is
+    channels-last.
     """
     parameters = (weight, bias, bn_weight, bn_bias, mean, var, eps)
     return prepare(x, *parameters, stride, padding, dilation, groups, act)(x, residual)

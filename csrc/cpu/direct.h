@@ -1,0 +1,197 @@
+// The direct convolution for any element type and register tile: the windows of a chunk of output
+// pixels as rows of a matrix, times the weights as its columns.
+//
+//             depth = taps * C                    weights, by panel: [K/NR][kDepth][NR]
+//          +---------------------+               +----+----+----+
+//   chunk  | panel: kDepth       |     kDepth    | B0 | B1 | .. |   NR = 2 vectors of filters
+//   of     | columns at a time,  |       x       |    |    |    |
+//   pixels | gathered or x       |               +----+----+----+
+//          +---------------------+  ==> register tiles of up to kRows pixels x NR filters
+//
+// A task owns a chunk of pixels and a strip of filters. The last panel's tiles leave the registers
+// through scale, shift, residual and clamp straight to y (channels-last, [pixel][K]); before it the
+// partial sums wait in the second-level cache. Where a pixel's window is one run of memory (1x1 at
+// stride 1) x itself is the panel.
+//
+// A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kChain and
+// multiply(rows, panel, row_stride, packed, depth, out).
+#pragma once
+
+#include "gather.h"
+#include "tile.h"
+
+namespace resnet_fast::cpu {
+
+template <typename T>
+struct Panel {
+  static constexpr int64_t kDepth = 1024 / sizeof(T);          // a weight block of 32 KiB
+  static constexpr int64_t kStride = kDepth + 64 / sizeof(T);  // an odd number of cache lines
+};
+
+constexpr int64_t kChunk = 98;   // pixels: 7 register tiles of 14
+constexpr int64_t kStrip = 256;  // filters: the chunk's sums and panel fit 256 KiB
+
+template <typename T>
+struct DirectOperands {
+  const T* x;
+  const T* packed;
+  const float* scale;
+  const float* shift;
+  const T* residual;
+  T* y;
+  Act act;
+};
+
+// The depth of packed weights: zeros fill the last step.
+template <typename K>
+int64_t padded_depth(int64_t depth) {
+  return (depth + K::kPair - 1) / K::kPair * K::kPair;
+}
+
+template <typename K>
+int64_t direct_packed_size(int64_t filters, int64_t depth) {
+  return (filters + K::kBlock - 1) / K::kBlock * K::kBlock * padded_depth<K>(depth);
+}
+
+// How the work is cut: pixels in chunks, filters in strips of whole blocks.
+struct DirectCut {
+  int64_t chunks, strips, blocks;
+
+  DirectCut(const Geometry& g, int64_t nr, int64_t threads) {
+    blocks = (g.filters + nr - 1) / nr;
+    chunks = (g.pixels() + kChunk - 1) / kChunk;
+    if (chunks > threads) chunks = (chunks + threads - 1) / threads * threads;
+    const int64_t wanted = (threads + chunks - 1) / chunks;
+    strips = std::clamp(wanted, (g.filters + kStrip - 1) / kStrip, blocks);
+  }
+};
+
+template <typename K>
+RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typename K::T>& o,
+                                   const DirectCut& cut, int64_t begin, int64_t end) {
+  using T = typename K::T;
+  constexpr int64_t NR = K::kBlock, kDepth = Panel<T>::kDepth, kPanelStride = Panel<T>::kStride;
+  constexpr int kRows = K::kRows;
+  thread_local Scratch panel_memory, sums_memory;
+  const int64_t depth = g.depth(), padded = padded_depth<K>(depth), pixels = g.pixels();
+  const Clamp clamp = clamp_of(o.act);
+  // Rows a multiple of 2 KiB apart would share two cache sets.
+  const bool in_place = g.taps() == 1 && g.pixels() == g.batch * g.in[0] * g.in[1] * g.in[2] &&
+                        g.padding == std::array<int64_t, 3>{} && depth <= kDepth && depth == padded;
+  T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * kPanelStride);
+  const int64_t row_stride = in_place ? g.channels : kPanelStride;
+  const int64_t most_blocks = (cut.blocks + cut.strips - 1) / cut.strips;
+  const int64_t sums_stride = most_blocks * NR;
+  float* sums = sums_memory.get<float>(kChunk * sums_stride);
+  Window windows[kChunk], ahead[kChunk];
+  // The windows of a few channels overlap so much that the hardware foresees them.
+  const bool worth_prefetching = g.channels >= 32;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t chunk = task / cut.strips, strip = task % cut.strips;
+    const int64_t pixel = cut_at(pixels, cut.chunks, chunk);
+    const int64_t count = cut_at(pixels, cut.chunks, chunk + 1) - pixel;
+    const int64_t first_block = cut_at(cut.blocks, cut.strips, strip);
+    const int64_t last_block = cut_at(cut.blocks, cut.strips, strip + 1);
+    const int64_t pieces = (count + kRows - 1) / kRows;
+    for (int64_t i = 0; i < count; ++i) windows[i] = window_of(g, pixel + i);
+    int64_t count_ahead = 0;
+    if (task + 1 < end) {
+      const int64_t next = (task + 1) / cut.strips;
+      const int64_t first = cut_at(pixels, cut.chunks, next);
+      count_ahead = cut_at(pixels, cut.chunks, next + 1) - first;
+      for (int64_t i = 0; i < count_ahead; ++i) ahead[i] = window_of(g, first + i);
+    }
+    for (int64_t d0 = 0; d0 < depth; d0 += kDepth) {
+      const int64_t d1 = std::min(depth, d0 + kDepth);
+      const int64_t columns = std::min(padded - d0, kDepth);
+      const T* panel = o.x + pixel * g.channels;
+      if (!in_place) {
+        panel = gathered;
+        const Runs runs(g, 0, g.channels, d0, d1);
+        for (int64_t i = 0; i < count; ++i) {
+          T* row = gathered + i * kPanelStride;
+          gather_row(g, o.x, windows[i], runs, row);
+          std::fill(row + (d1 - d0), row + columns, T{});
+        }
+      }
+      // The next panel, of this chunk or the next, is on its way while this one is multiplied.
+      const bool same = d1 < depth;
+      const int64_t due = !worth_prefetching ? 0 : same ? count : count_ahead;
+      const int64_t p0 = same ? d1 : 0;
+      const Runs runs_ahead(g, 0, g.channels, p0, std::min(depth, p0 + kDepth));
+      TileOut<T> out{};
+      out.sums_stride = sums_stride;
+      out.chain = K::kChain;
+      out.accumulate = d0 > 0;
+      out.y_stride = g.filters;
+      out.low = clamp.low;
+      out.high = clamp.high;
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const int64_t k0 = block * NR;
+        const bool whole = k0 + NR <= g.filters && clamp.is_clamp;
+        out.last = d1 == depth && whole;
+        out.scale = o.scale + k0;
+        out.shift = o.shift + k0;
+        const T* packed = o.packed + (d0 * cut.blocks + block * columns) * NR;
+        const int64_t blocks = last_block - first_block, done = block - first_block;
+        for (int64_t i = cut_at(due, blocks, done); i < cut_at(due, blocks, done + 1); ++i) {
+          prefetch_row(g, o.x, same ? windows[i] : ahead[i], runs_ahead);
+        }
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t row = cut_at(count, pieces, piece);
+          const int64_t rows = cut_at(count, pieces, piece + 1) - row;
+          const int64_t at = (pixel + row) * g.filters + k0;
+          out.sums = sums + row * sums_stride + (block - first_block) * NR;
+          out.y = o.y + at;
+          out.residual = o.residual == nullptr ? nullptr : o.residual + at;
+          K::multiply(rows, panel + row * row_stride, row_stride, packed, columns, out);
+          if (d1 == depth && !whole) {
+            with_act(o.act, [&](auto tag) RF_INLINE {
+              for (int64_t i = 0; i < rows; ++i) {
+                const int64_t y_at = at + i * g.filters;
+                finish_row(tag, std::min(NR, g.filters - k0), out.sums + i * sums_stride, out.scale,
+                           out.shift, o.residual == nullptr ? nullptr : o.residual + y_at,
+                           o.y + y_at);
+              }
+            });
+          }
+        }
+      }
+    }
+  }
+}
+
+// Weights [K][C][taps], rows of the product in the order [taps][C], cut into panels of kDepth rows:
+// [panel][K/NR][row / kPair][NR][kPair], so that the blocks of a panel follow each other in memory.
+// Zeros beyond the last filter and the last row.
+template <typename K>
+void pack_direct(const typename K::T* from, int64_t filters, int64_t channels, int64_t taps,
+                 typename K::T* to) {
+  using T = typename K::T;
+  constexpr int64_t NR = K::kBlock, kPair = K::kPair, kDepth = Panel<T>::kDepth;
+  const int64_t depth = taps * channels, padded = padded_depth<K>(depth);
+  const int64_t blocks = (filters + NR - 1) / NR;
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      for (int64_t row = 0; row < padded; ++row) {
+        const int64_t d0 = row / kDepth * kDepth, tap = row / channels, c = row % channels;
+        const int64_t rows = std::min(kDepth, padded - d0);
+        T* line = to + (d0 * blocks + block * rows + (row - d0) / kPair * kPair) * NR;
+        for (int64_t j = 0; j < NR; ++j) {
+          const int64_t k = block * NR + j;
+          const bool inside = k < filters && row < depth;
+          line[j * kPair + row % kPair] = inside ? from[(k * channels + c) * taps + tap] : T{};
+        }
+      }
+    }
+  });
+}
+
+// The bf16 kernel, for CPUs with AVX512_BF16 (conv_bn_act_direct_avx512bf16.cpp).
+bool has_direct_bf16();
+int64_t direct_bf16_packed_size(int64_t filters, int64_t depth);
+void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64_t taps, bf16* to);
+void direct_bf16(const Geometry& g, const DirectOperands<bf16>& o);
+
+}  // namespace resnet_fast::cpu
