@@ -20,6 +20,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 os.chdir(ROOT)
@@ -239,11 +240,12 @@ class Build(BuildExtension):
     """BuildExtension with advice on failure, and object files that outlive the call."""
 
     def run(self) -> None:
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        tag += f"-{SANITIZE}" if SANITIZE else ""
+        # One folder of objects: a wheel links what a build in place has compiled.
+        self.build_temp = str(ROOT / "build" / f"temp.{tag}")
         if self.inplace or getattr(self, "editable_mode", False):
-            # An editable install would build in a temporary folder, all of it, each time.
-            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-            tag += f"-{SANITIZE}" if SANITIZE else ""
-            self.build_temp = str(ROOT / "build" / f"temp.{tag}")
+            # An editable install would link in a temporary folder, each time.
             self.build_lib = str(ROOT / "build" / f"inplace.{tag}")
         # torch forces every link; the extensions' `depends` name all that matters.
         self.force = False
@@ -254,6 +256,16 @@ class Build(BuildExtension):
             super().run()
         except Exception as error:
             sys.exit(f"{error}\n{BUILD_ADVICE}")
+
+
+class BuildPython(build_py):
+    """build_py into an empty folder: no wheel holds what only an earlier build put there."""
+
+    def run(self) -> None:
+        target = Path(self.build_lib).resolve()
+        if ROOT / "build" in target.parents and not getattr(self, "editable_mode", False):
+            shutil.rmtree(target, ignore_errors=True)
+        super().run()
 
 
 if CUDA_ABSENCE is not None:
@@ -272,5 +284,8 @@ setup(
     ],
     package_dir={"resnet_fast.kernels": "kernels"},
     ext_modules=extensions,
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=False)},
+    cmdclass={
+        "build_ext": Build.with_options(no_python_abi_suffix=False),
+        "build_py": BuildPython,
+    },
 )

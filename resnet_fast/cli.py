@@ -73,9 +73,19 @@ def _batches(text: str) -> list[int]:
         batches = [int(part) for part in text.split(",")]
     except ValueError:
         batches = []
-    if not batches or min(batches) < 1:
+    if not batches:
         raise ArgumentError("batch", "positive numbers such as 1,8", repr(text))
     return batches
+
+
+def _check_images(batch: int, size: int | None) -> None:
+    """What the commands take, before any of them starts to work."""
+    from resnet_fast.errors import ArgumentError
+
+    if batch < 1:
+        raise ArgumentError("batch", "at least 1", str(batch))
+    if size is not None and size < 16:
+        raise ArgumentError("size", "at least 16", str(size))
 
 
 def _version(wanted: bool) -> None:
@@ -107,6 +117,7 @@ def collect_info() -> dict[str, Any]:
     from resnet_fast.plan.cache import path as cache_path
 
     facts = environment(default_threads())
+    cache = cache_path()
     libraries = {
         name: {"loaded": status.loaded, "path": status.path, "reason": status.reason}
         for name, status in _library.status().items()
@@ -140,7 +151,7 @@ def collect_info() -> dict[str, Any]:
         "gpu": gpu,
         "build": native.build_info() if native else None,
         "kernels": native.kernel_variants() if native else None,
-        "cache": str(cache_path()),
+        "cache": None if cache is None else str(cache),
     }
 
 
@@ -179,7 +190,7 @@ def info(json_: Json = False) -> None:
         variants.setdefault(kernel["name"].rpartition("/")[0], []).append(kernel["isa"])
     for name, isas in variants.items():
         table.add_row("kernel", f"{name}: {', '.join(isas)}")
-    table.add_row("verdict cache", facts["cache"])
+    table.add_row("verdict cache", facts["cache"] or "none: there is no home folder to keep it in")
     _console().print(table)
 
 
@@ -219,6 +230,7 @@ def verify(
     from resnet_fast.verify import verify_model
 
     _check_device(device)
+    _check_images(batch, size)
     with _status(f"{model} {dtype} in fp64, then site by site"):
         result = verify_model(model, dtype, batch, size, device=device)
     if json_:
@@ -280,6 +292,8 @@ def bench(
     from resnet_fast.errors import ArgumentError
 
     _check_device(device)
+    batches = _batches(batch)
+    _check_images(min(batches), size)
     if threads is not None and threads < 1:
         raise ArgumentError("threads", "at least 1", str(threads))
     for path in (json_, csv):
@@ -291,7 +305,7 @@ def bench(
     with _status("starting") as progress:
         result = run_bench(
             model,
-            batches=_batches(batch),
+            batches=batches,
             dtype=dtype,
             size=size,
             threads=threads,
@@ -356,7 +370,7 @@ def demo(
 @app.command(epilog=_examples("explain resnet18", "explain resnet50 --batch 8 --json"))
 def explain(
     model: Model,
-    batch: Annotated[int, typer.Option(help="Images in the batch.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Images in the batch.")] = 1,
     dtype: Dtype = "fp32",
     size: Size = None,
     device: Device = "cpu",
@@ -364,6 +378,7 @@ def explain(
 ) -> None:
     """Show one row a site: what runs there, or why nothing is fused."""
     _check_device(device)
+    _check_images(batch, size)
     with _status(f"verifying the sites of {model}"):
         rows = explain_rows(model, batch, dtype, size, device)
     if json_:
@@ -379,7 +394,7 @@ def explain_rows(
     import torch
 
     from resnet_fast import verify as verification
-    from resnet_fast.fuse.explain import complete
+    from resnet_fast.fuse.explain import explain as explained
 
     torch_dtype = verification.dtype_from_name(dtype)
     network = verification.build_model(model).to(device=device, dtype=torch_dtype)
@@ -387,13 +402,7 @@ def explain_rows(
     x = torch.randn(batch, 3, side, side, device=device).to(torch_dtype)
     with torch.inference_mode():
         network(x)
-    # A block without a projection never calls the site of one: no convolution stands behind it.
-    return [
-        complete({**row, "name": place})
-        for place, site in verification.sites_by_place(network)
-        for row in site.rows()
-        if row["reason"] != "NOT_RUN"
-    ]
+    return explained(network).rows
 
 
 def print_rows(rows: list[dict[str, Any]], console: Any) -> None:

@@ -49,16 +49,50 @@ def test_time_is_kept_and_partial_results_saved(
     assert {step["status"] for step in steps} == {"no time left"}
 
 
-def test_the_most_telling_rows_come_first() -> None:
-    first = campaign.ROWS[0]
-    assert (first.model, first.dtype, first.batches) == ("resnet50", "fp16", (128,))
-    wanted = {
-        (model, dtype, batch)
-        for model in ("resnet18", "resnet50")
-        for dtype in ("fp16", "bf16", "fp32")
-        for batch in (1, 8, 32, 128, 256)
-    }
-    assert wanted <= {(r.model, r.dtype, b) for r in campaign.ROWS for b in r.batches}
+MODELS, DTYPES = ("resnet18", "resnet50"), ("fp16", "bf16", "fp32")
+
+
+def first(model: str, dtype: str, batch: int, engine: str) -> int:
+    """Which step measures this first."""
+    return next(
+        index
+        for index, r in enumerate(campaign.ROWS)
+        if (r.model, r.dtype) == (model, dtype) and batch in r.batches and engine in r.engines
+    )
+
+
+def test_every_case_is_measured_and_the_most_telling_come_first() -> None:
+    ours = campaign.OURS[2]
+    assert first("resnet50", "fp16", 128, "compile") == 0
+    assert set(campaign.ROWS[0].engines) >= {*campaign.OURS, *campaign.QUICK_PEERS}
+    beside_compile = [
+        first(model, dtype, batch, "compile")
+        for model in MODELS
+        for dtype in DTYPES
+        for batch in (128, 1)
+    ]
+    slow = [first(model, "fp16", batch, "compile_max") for model in MODELS for batch in (128, 1)]
+    between = [
+        first(model, dtype, batch, ours)
+        for model in MODELS
+        for dtype in DTYPES
+        for batch in (8, 32, 256)
+    ]
+    assert max(*beside_compile, *slow) < min(between)
+    for rows in campaign.ROWS:
+        # A ratio needs both sides from one step; what compiles slowly runs beside one of ours.
+        assert ours in rows.engines
+        assert ("compile_max" in rows.engines) <= (len(rows.engines) == 2)
+
+
+def test_gpu_tests_are_the_files_that_hold_some() -> None:
+    """Only these are collected: another's imports must not fail the campaign."""
+    (tests,) = (step for step in campaign.steps(Path("out"), dry=False) if step.name == "tests")
+    named = [part for part in tests.command if part.startswith("tests")]
+    listed = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests"]
+    found = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    assert "tests/test_cuda_ops.py" in named
+    assert set(named) == {line.split("::")[0] for line in found.splitlines() if "::" in line}
 
 
 def _result() -> dict[str, object]:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from resnet_fast import __version__, cli, verify
-from resnet_fast.bench import BenchError
+from resnet_fast.bench import BenchError, runner
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,17 +70,15 @@ def test_a_subprocess_fails_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     (
-        (("verify", "resnet18", "--dtype", "int8"), "'dtype'"),
-        (("verify", "resnet18", "--batch", "0"), "'batch'"),
-        (("verify", "resnet18", "--size", "1"), "'size'"),
-        (("verify", "resnet18", "--device", "tpu"), "'device'"),
         (("bench", "resnet18", "--batch", "1,x"), "'batch'"),
-        (("bench", "resnet18", "--batch", "-1"), "'batch'"),
+        (("bench", "resnet18", "--batch", ""), "'batch'"),
         (("bench", "resnet18", "--peers", "tensorrt"), "'peers'"),
         (("bench", "resnet18", "--threads", "0"), "'threads'"),
+        (("bench", "resnet18", "--threads", "-2"), "'threads'"),
+        (("bench", "resnet18", "--threads", "two"), "--threads"),
         (("bench", "resnet18", "--json", "/nonexistent/x.json"), "/nonexistent"),
         (("bench", "resnet18", "--reps", "0"), "--reps"),
-        (("explain", "resnet18", "--dtype", "fp8"), "'dtype'"),
+        (("demo", "--device", "tpu"), "'device'"),
         (("verify",), "MODEL"),
         (("verify", "resnet18", "--nonsense"), "--nonsense"),
         (("polish",), "polish"),
@@ -91,6 +89,47 @@ def test_bad_input(
 ) -> None:
     assert cli.main(arguments) == 2
     assert words in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "expected"),
+    (
+        ("--batch", ("0", "-1"), "'batch': expected at least 1"),
+        ("--size", ("1", "0", "-1"), "'size': expected at least 16"),
+        ("--dtype", ("int8", "torch.float8_e5m2", ""), "'dtype': expected one of fp32, bf16, fp16"),
+        ("--device", ("tpu",), "'device': expected cpu"),
+        ("--size", ("big", "64x64"), "--size"),
+    ),
+)
+@pytest.mark.parametrize("command", ("verify", "bench", "explain"))
+def test_commands_refuse_alike(
+    command: str,
+    option: str,
+    values: tuple[str, ...],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is run: no network is built for a question that has no answer."""
+    for module, work in (
+        (verify, "build_reference"),
+        (verify, "build_model"),
+        (runner, "WorkerProcess"),
+    ):
+        monkeypatch.setattr(module, work, lambda *_: pytest.fail("work was begun"))
+    for value in values:
+        assert cli.main([command, "resnet18", option, value]) == 2
+        assert expected in error_line(capsys)
+
+
+def test_info_without_a_home_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("resnet_fast.plan.cache.path", lambda: None)
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cache"] is None
+    assert cli.main(["info"]) == 0
+    assert "none: there is no home folder" in capsys.readouterr().out
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -278,6 +278,8 @@ GOOD = {
         {"sites": {"k": {"candidate": "aten", "run": "x"}}},
         {"sites": {"k": {"candidate": "aten", "error": float("nan")}}},
         {"sites": {"k": {"candidate": "aten", "microseconds": -1}}},
+        {"sites": {"k": {"candidate": "aten", "microseconds": 10**400}}},
+        {"sites": {"k": {"candidate": "aten", "measured": {"aten": 10**400}}}},
         {"sites": {"k": {"candidate": "aten", "measured": {"other": 1.0}}}},
     ],
 )
@@ -317,6 +319,36 @@ def test_a_cached_success_must_carry_figures_that_support_it():
     cache.forget()
     with pytest.warns(UserWarning, match="damaged"):
         assert cache.get("k", "onednn") is None
+
+
+@pytest.mark.parametrize("ok", [True, False])
+@pytest.mark.parametrize("field", ["error", "limit"])
+def test_a_cached_figure_beyond_every_float_is_damage(ok, field):
+    cache.put("k", "onednn", ok=ok, error=0.5, limit=0.75)
+    text = cache.path().read_text()
+    text = text.replace({"error": "0.5", "limit": "0.75"}[field], str(10**400))
+    cache.path().write_text(text)
+    cache.forget()
+    with pytest.warns(UserWarning, match="damaged"):
+        assert cache.get("k", "onednn") is None
+
+
+def test_without_a_home_folder_verdicts_last_as_long_as_the_process(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("RESNET_FAST_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cache.Path, "home", nowhere)
+    monkeypatch.setattr(cache, "_warned_unwritable", False)
+    cache.forget()
+    assert cache.path() is None and cache.get("k", "onednn") is None
+    with pytest.warns(UserWarning, match="no home folder.* as long as this process"):
+        cache.put("k", "onednn", ok=True, error=0.0, limit=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.put("l", "onednn", ok=True, error=0.0, limit=1.0)
+    assert cache.get("k", "onednn") == cache.get("l", "onednn") is not None
 
 
 def test_an_unwritable_cache_costs_the_memory_and_not_the_run(monkeypatch, tmp_path):

@@ -40,6 +40,24 @@ def test_make_targets_exist() -> None:
     assert named and named <= targets
 
 
+def test_what_is_typed_by_hand_is_what_make_runs() -> None:
+    """The table's third column beside the recipe of its second, `make`'s own words replaced."""
+    makefile = (ROOT / "Makefile").read_text()
+    rows = re.findall(r"\| `make ([a-z-]+)` \| `(.*?)` \|", README)
+    assert {target for target, _ in rows} >= {"demo", "test", "bench", "lint", "wheel"}
+    for target, by_hand in rows:
+        (recipe,) = re.findall(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+        for word, typed in (
+            (r"\t\$\(pip\) .*\n", ""),  # installs are in the column's heading
+            (r"\$\(python\) -m resnet_fast\b", "resnet-fast"),
+            (r"\$\(python\) (?=-m pytest\b)", "python "),
+            (r"\$\(python\) -m |\$\(VENV\)/bin/|--quiet ", ""),
+            (r"\$\(cpp\)", "$(git ls-files csrc)"),
+        ):
+            recipe = re.sub(word, typed, recipe)
+        assert re.split(r"\s*(?:&&|\n)\s*", recipe.strip()) == by_hand.split(" && ")
+
+
 def test_no_install_fetches_a_torch_of_its_own() -> None:
     text = README + (ROOT / "CONTRIBUTING.md").read_text()
     built = re.findall(r"pip (?:install|wheel)[^`\n]* (?:-e )?'?\.(?=[\[`\s])[^`\n]*", text)

@@ -121,6 +121,23 @@ def test_misfit_leaves_the_model_as_it_was(tmp_path, edit, named):
     assert _unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    ("without_values", "named"),
+    [
+        (lambda t: t.to_sparse(), "fc.weight is torch.sparse_coo, not dense"),
+        (lambda t: t.to("meta"), "fc.weight is a meta tensor, without values"),
+    ],
+)
+def test_what_cannot_be_copied_leaves_the_model_as_it_was(without_values, named):
+    model = _small()
+    state = {k: v + 1 for k, v in model.state_dict().items()}
+    state["fc.weight"] = without_values(state["fc.weight"])
+    before = _snapshot(model)
+    with pytest.raises(WeightsError, match=named):
+        weights.load_into(model, state)
+    assert _unchanged(model, before)
+
+
 def test_file_without_batch_counters(tmp_path):
     model = _small()
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_fast import verify
+from resnet_fast import plan, verify
 from resnet_fast.bench.report import environment, summarise
 from resnet_fast.errors import ResNetFastError
 
@@ -137,7 +137,7 @@ def bench_model(
     ``isolate=False`` keeps every engine in this process (see ``LocalWorker``).
 
     Returns one row an engine, unavailable ones included with the reason. Raises ``BenchError``
-    if one of this package's engines fails or misses its error budget: then nothing was timed.
+    if one of this package's engines fails, while it is timed too, or misses its error budget.
     """
     verify.check_model_name(name)
     verify.dtype_from_name(dtype)
@@ -145,6 +145,8 @@ def bench_model(
     size = verify.default_size(name) if size is None else size
     threads = threads or default_threads()
     job = {"device": device, "threads": threads}
+    what = f"{name} {dtype} batch {batch}"
+    before = plan.active_plan()
     with tempfile.TemporaryDirectory(prefix="resnet_fast_bench_") as folder:
         path = str(Path(folder) / "problem.pt")
         workers: list[WorkerProcess | LocalWorker] = []
@@ -174,22 +176,25 @@ def bench_model(
             drawn.close()
             workers.remove(drawn)
             if "failed" in problem:
-                raise BenchError(f"{name} {dtype} batch {batch}: {problem['failed']}")
+                raise BenchError(f"{what}: {problem['failed']}")
             for engine in engines:
                 progress(f"prepare {engine}")
                 worker = start(engine)
                 worker.info = worker.ask("build", engine=engine, path=path, **job)
-                _refuse_wrong(worker, f"{name} {dtype} batch {batch}")
+                _refuse_wrong(worker, what)
                 if "build_seconds" not in worker.info:
                     worker.close()
             alive = [worker for worker in workers if "build_seconds" in worker.info]
-            _rounds(alive, reps, turn_seconds, progress)
+            _rounds(alive, reps, turn_seconds, progress, what)
             # Engines that share a process have no peak memory of their own.
             for worker in alive if isolate else ():
                 worker.info |= worker.ask("memory")
+                _refuse_wrong(worker, what)
         finally:
             for worker in workers:
                 worker.close()
+            if plan.active_plan() is not before:
+                plan.set_plan(before)
     case = {
         "model": name,
         "batch": batch,
@@ -230,11 +235,18 @@ def _rounds(
     reps: int,
     turn_seconds: float,
     progress: Progress,
+    what: str,
 ) -> None:
+    def turn(worker: WorkerProcess | LocalWorker, warmup: int, count: int) -> list[float]:
+        reply = worker.ask("run", warmup=warmup, count=count)
+        if "failed" in reply:
+            worker.info["failed"] = reply["failed"]
+            _refuse_wrong(worker, what)
+        return reply.get("ms", [])
+
     for worker in workers:
         progress(f"warm up {worker.engine}")
-        probe = worker.ask("run", warmup=2, count=1)
-        worker.seconds_a_call = probe["ms"][0] / 1e3 if "ms" in probe else 0.0
+        worker.seconds_a_call = sum(turn(worker, 2, 1)) / 1e3
     for rep in range(reps):
         for worker in workers:
             if "failed" in worker.info:
@@ -243,11 +255,7 @@ def _rounds(
             time.sleep(PAUSE_SECONDS)
             calls = turn_seconds / max(worker.seconds_a_call, 1e-6)
             count = max(1, min(MAX_TURN_CALLS, round(calls)))
-            reply = worker.ask("run", warmup=max(1, min(5, count // 3)), count=count)
-            if "ms" in reply:
-                worker.samples.extend(reply["ms"])
-            else:
-                worker.info["failed"] = reply["failed"]
+            worker.samples.extend(turn(worker, max(1, min(5, count // 3)), count))
 
 
 def bench(

@@ -46,11 +46,21 @@ def _reset_peak() -> None:
         pass
 
 
+def _put_in_force(wanted: Any) -> None:
+    """Let the plan ``wanted`` decide; only a change makes every site look up its binding again."""
+    from resnet_fast import plan
+
+    if plan.active_plan() is not wanted:
+        plan.set_plan(wanted)
+
+
 class Worker:
     """State of one worker between requests."""
 
     def __init__(self) -> None:
         self.call: Any = None
+        # The process's plan when the engine was checked: engines may share the process.
+        self.plan: Any = None
         self.cuda = False
         self.build_peak: float | None = None
 
@@ -86,7 +96,7 @@ class Worker:
         """Prepare an engine, run it once and check the output against the truth."""
         import torch
 
-        from resnet_fast import verify
+        from resnet_fast import plan, verify
         from resnet_fast.bench import engines
 
         torch.set_num_threads(request["threads"])
@@ -102,6 +112,7 @@ class Worker:
             problem.state,
             problem.x,
         )
+        _put_in_force(None)
         start = time.perf_counter()
         try:
             self.call = engines.ENGINES[request["engine"]](job)
@@ -109,6 +120,7 @@ class Worker:
         except engines.Unavailable as error:
             return {"unavailable": str(error)}
         seconds = time.perf_counter() - start
+        self.plan = plan.active_plan()
         check = verify.check_output(problem, output, request["engine"])
         self.build_peak = _memory_mb()
         _reset_peak()
@@ -121,6 +133,7 @@ class Worker:
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Call the engine ``warmup`` times unread, then ``count`` times; milliseconds each."""
+        _put_in_force(self.plan)
         for _ in range(request["warmup"]):
             self.call()
         if not self.cuda:

@@ -63,6 +63,10 @@ def load_into(model: nn.Module, state: Mapping[str, Any], source: str = "state d
             continue
         if not isinstance(value, Tensor):
             misfits.append(f"{k} is a {type(value).__name__}, not a tensor")
+        elif value.layout is not torch.strided:
+            misfits.append(f"{k} is {value.layout}, not dense")
+        elif value.is_meta and not mine.is_meta:
+            misfits.append(f"{k} is a meta tensor, without values")
         elif value.shape != mine.shape:
             misfits.append(f"{k} has shape {tuple(value.shape)}, not {tuple(mine.shape)}")
         elif value.is_floating_point() != mine.is_floating_point() or value.is_complex():

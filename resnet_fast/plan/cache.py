@@ -2,7 +2,8 @@
 
 JSON under the user's cache folder, keyed by versions, site and candidate. Writers merge under a
 lock and replace the file in one step; a file that cannot be read as what it should be is set aside
-with a warning and rebuilt. A folder that cannot be written costs the memory, never the run.
+with a warning and rebuilt. A folder that is not there or cannot be written costs the memory, never
+the run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -30,25 +32,35 @@ _memory_path: Path | None = None
 _warned_unwritable = False
 
 
-def path() -> Path:
-    """Where verdicts are kept: ``$RESNET_FAST_CACHE_DIR``, or the XDG cache folder."""
+def path() -> Path | None:
+    """Where verdicts are kept: ``$RESNET_FAST_CACHE_DIR``, or the XDG cache folder.
+
+    None for a user without a home folder: then they last as long as the process.
+    """
     override = os.environ.get("RESNET_FAST_CACHE_DIR")
     if override:
         folder = Path(override)
     else:
         base = os.environ.get("XDG_CACHE_HOME")
-        folder = (Path(base) if base else Path.home() / ".cache") / "resnet_fast"
+        try:
+            folder = (Path(base) if base else Path.home() / ".cache") / "resnet_fast"
+        except RuntimeError:
+            return None
     return folder / f"verdicts-{_FORMAT}.json"
+
+
+def _figure(value: object) -> bool:
+    if isinstance(value, int):
+        # An integer of JSON may be larger than any float.
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _valid(entry: object) -> bool:
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("ok"), bool)
-        and all(
-            isinstance(entry.get(field), (int, float)) and not isinstance(entry.get(field), bool)
-            for field in ("error", "limit")
-        )
+        and all(_figure(entry.get(field)) for field in ("error", "limit"))
         # A verdict that claims success must carry figures that support it.
         and (
             not entry["ok"] or (math.isfinite(entry["error"]) and entry["error"] <= entry["limit"])
@@ -95,7 +107,7 @@ def _entries() -> dict[str, dict[str, Any]]:
     global _memory, _memory_path
     file = path()
     if _memory is None or _memory_path != file:
-        _memory, _memory_path = _read(file), file
+        _memory, _memory_path = {} if file is None else _read(file), file
     return _memory
 
 
@@ -111,14 +123,23 @@ def get(site_key: str, candidate: str) -> dict[str, Any] | None:
         return _entries().get(entry_key(site_key, candidate))
 
 
+def _warn_kept_in_memory(why: str) -> None:
+    global _warned_unwritable
+    if not _warned_unwritable:
+        _warned_unwritable = True
+        warnings.warn(f"{why}; verdicts last as long as this process", stacklevel=4)
+
+
 def put(site_key: str, candidate: str, *, ok: bool, error: float, limit: float) -> None:
     """Keep a verdict, merged with what other processes have written meanwhile."""
-    global _memory, _warned_unwritable
+    global _memory
     entry = {"ok": ok, "error": error if math.isfinite(error) else 1e300, "limit": limit}
     with _lock:
         entries = _entries()
         entries[entry_key(site_key, candidate)] = entry
         file = path()
+        if file is None:
+            return _warn_kept_in_memory("plan cache: there is no home folder to keep it in")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with _exclusive(file):
@@ -134,13 +155,7 @@ def put(site_key: str, candidate: str, *, ok: bool, error: float, limit: float) 
                     raise
             _memory = merged
         except OSError as failure:
-            if not _warned_unwritable:
-                _warned_unwritable = True
-                warnings.warn(
-                    f"plan cache {file} cannot be written ({failure}); verdicts last as long as "
-                    "this process",
-                    stacklevel=3,
-                )
+            _warn_kept_in_memory(f"plan cache {file} cannot be written ({failure})")
 
 
 def forget() -> None:
