@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from resnet_fast.testing.budget import in_formats, within_budget
+from resnet_fast.testing.budget import expect_within_budget, in_formats
 from resnet_fast.testing.networks import randomize_batchnorm_
 
 torchvision = pytest.importorskip("torchvision")
@@ -46,15 +47,27 @@ def images(batch=2, size=32, channels=3, seed=0):
 
 
 @torch.no_grad()
-def assert_same_numbers(accelerated, model, x, either_format=True):
-    """The output of ``accelerated`` is within the budget that ``model`` sets in either format.
+def assert_same_numbers(accelerated, model, x, either_format=True, **options):
+    """Every output of ``accelerated`` is within the budget that ``model`` sets in either format.
 
-    A model that runs in the format of ``x`` alone is asked in no other.
+    ``model`` is left as it is, statistics included. One that runs in the format of ``x`` alone is
+    asked in no other. ``options`` are passed to both.
     """
-    truth = copy.deepcopy(model).double()(x.double())
-    answers = in_formats(model, x) if either_format else model(x)
-    verdict = within_budget(accelerated(x), answers, truth)
-    assert verdict.ok, verdict
+    twin = copy.deepcopy(model)
+
+    def ask(x):
+        return tree_leaves(twin(x, **options))
+
+    # In fp64 the framework's fp32 results set the budget.
+    narrow = torch.float32 if x.dtype is torch.float64 else x.dtype
+    twin.to(narrow)
+    given = x.to(narrow, copy=True)
+    answers = in_formats(ask, given) if either_format else [ask(given)]
+    twin.double()
+    truths = ask(x.to(torch.float64, copy=True))
+    ours = tree_leaves(accelerated(x, **options))
+    for actual, *frameworks, truth in zip(ours, *answers, truths, strict=True):
+        expect_within_budget(actual, frameworks, truth)
 
 
 def reports(accelerated):

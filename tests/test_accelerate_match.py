@@ -25,10 +25,7 @@ from resnet_fast.fuse import REASONS, accelerate, explain
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models.resnet import Bottleneck  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:resnet_fast. candidate:UserWarning"),
-    pytest.mark.usefixtures("sites_taken_as_verified"),
-]
+pytestmark = pytest.mark.usefixtures("sites_taken_as_verified")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +71,7 @@ def test_numbers_are_the_same(build):
     assert_same_numbers(accelerated, model, images())
     rows = explain(accelerated).rows
     assert [row["name"] for row in rows] == list(reports(accelerated))
-    assert {row["reason"] for row in rows} <= {"OK", "NO_CANDIDATE", "MISMATCH"}
+    assert {row["reason"] for row in rows} == {"OK"}
 
 
 @pytest.mark.parametrize("name", ["densenet121", "googlenet"])
@@ -113,10 +110,7 @@ def test_one_program_a_mode_where_forward_asks_for_the_mode():
     assert programs[True] is not programs[False]
     assert reports(accelerated) == {"conv": "FUSED", "conv2": "FUSED"}
     assert_same_numbers(accelerated, model, x)
-    twin = copy.deepcopy(model).train()
-    accelerated.train()
-    for a, b in zip(accelerated(x), twin(x), strict=True):
-        torch.testing.assert_close(a, b)
+    assert_same_numbers(accelerated.train(), copy.deepcopy(model).train(), x)
     accelerated.conv.eval()
     assert len(accelerated(x)) == 2
     assert_same_numbers(accelerated.eval(), model, x)
@@ -323,7 +317,7 @@ def test_traps_are_refused_with_their_reason(kind, expected):
     model = tiny(kind())
     accelerated = accelerate(model)
     assert reports(accelerated)["conv"] == expected
-    assert torch.equal(accelerated(images()), model(images())) or kind is SharedNorm
+    assert torch.equal(accelerated(images()), model(images()))
     row = next(row for row in explain(accelerated).rows if row["name"] == "conv")
     assert row["reason"] == expected and row["meaning"] == REASONS[expected]
     assert not row["fused"]
@@ -390,14 +384,9 @@ def test_add_that_cannot_move_stays_outside(kind, expected):
     assert reports(accelerated)["conv"] == "FUSED"
     assert notes(accelerated)["conv"] == expected
     assert not has_residual(accelerated, "conv")
-    with torch.no_grad():
-        for a, b in zip(_tuple(accelerated(x)), _tuple(model(x)), strict=True):
-            torch.testing.assert_close(a, b)
+    # A view is one of the format that was given.
+    assert_same_numbers(accelerated, model, x, either_format=False)
     assert REASONS[expected] in str(explain(accelerated))
-
-
-def _tuple(value):
-    return value if isinstance(value, tuple) else (value,)
 
 
 class Broadcast(ConvBN):
