@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import resnet_fast
@@ -15,9 +14,9 @@ from resnet_fast import models
 from resnet_fast.errors import ArgumentError
 from resnet_fast.nn import FusedSite
 from resnet_fast.testing.branch import Branch
-from resnet_fast.testing.budget import error, in_formats, limit_in_fp64, within_budget
-from resnet_fast.testing.budget import limit as budget_limit
+from resnet_fast.testing.budget import in_formats, within_budget
 from resnet_fast.testing.networks import randomize_batchnorm_
+from resnet_fast.testing.step import Comparison, step
 
 tv = pytest.importorskip("torchvision")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -101,91 +100,6 @@ def test_eval_matches_torchvision(pair):
                 _assert_within(f"{name} {dtype} {layout}", actual, frameworks, truth)
 
 
-def _step(model, x, y, layout=torch.contiguous_format):
-    model.zero_grad(set_to_none=True)
-    dtype = model.conv1.weight.dtype
-    given = x.detach().to(dtype, memory_format=layout, copy=True).requires_grad_()
-    loss = F.cross_entropy(model(given), y)
-    loss.backward()
-    result = {"loss": loss.detach(), "input.grad": given.grad}
-    result |= {f"{k}.grad": p.grad.clone() for k, p in model.named_parameters()}
-    return result | {k: b.clone() for k, b in model.named_buffers()}
-
-
-class Comparison:
-    """One training step of ``theirs`` in both formats and in fp64: what a step is held against.
-
-    Values are compared with the truth, gradients with the truth on the branch that each run took
-    (:mod:`resnet_fast.testing.branch`). ``theirs`` is in fp64 afterwards.
-    """
-
-    def __init__(self, theirs, x, y):
-        self.state = {k: v.clone() for k, v in theirs.state_dict().items()}
-        self.theirs, self.given = theirs, (x, y)
-        branches = []
-        self.frameworks = []
-        for layout in LAYOUTS:
-            with Branch(theirs) as branch:
-                self.frameworks.append(_step(theirs, x, y, layout))
-            branches.append(branch)
-            theirs.load_state_dict(self.state)
-        theirs.double()
-        with Branch(theirs) as self.branch:
-            self.truth = _step(theirs, x, y)
-        truths = [self.truth_on(branch) for branch in branches]
-        self.errors = {
-            key: max(
-                error(framework[key], (truth if _is_gradient(key) else self.truth)[key])
-                for framework, truth in zip(self.frameworks, truths, strict=True)
-            )
-            for key in self.truth
-        }
-        sizes = {key: _size(self.truth[key]) for key in self.truth if _is_gradient(key)}
-        self.worst = max(self.errors[key] / size for key, size in sizes.items() if size > 0)
-
-    def truth_on(self, branch):
-        if branch == self.branch:
-            return self.truth
-        self.theirs.load_state_dict(self.state)
-        with branch.imposed():
-            return _step(self.theirs, *self.given)
-
-    def expect(self, name, ours):
-        """A step of ``ours`` in its own dtype, fp32 or fp64, is within budget."""
-        with Branch(ours) as branch:
-            actual = _step(ours, *self.given)
-        self.expect_values(name, actual, branch)
-
-    def expect_values(self, name, actual, branch):
-        assert list(actual) == list(self.truth)
-        own = self.truth_on(branch)
-        beyond = []
-        for key, value in actual.items():
-            truth = own[key] if _is_gradient(key) else self.truth[key]
-            if not value.is_floating_point():
-                assert torch.equal(value, truth), key
-                continue
-            found = error(value, truth)
-            level = self.worst * _size(truth)
-            if value.dtype == torch.float64:
-                allowed = limit_in_fp64(max(level, self.errors[key]), truth)
-            else:
-                limit = budget_limit(self.errors[key], value.dtype, truth)
-                allowed = budget_limit(level, value.dtype, truth) if _is_gradient(key) else limit
-                if found > limit:
-                    beyond.append(key)
-            assert found <= allowed, f"{name} {key} {value.dtype}: error {found} beyond {allowed}"
-        assert len(beyond) <= len(actual) / 20, f"{name}: beyond their own limits: {beyond}"
-
-
-def _is_gradient(key):
-    return key.endswith(".grad")
-
-
-def _size(tensor):
-    return tensor.abs().max().item()
-
-
 def _compare_steps(name, ours, theirs, x, y):
     comparison = Comparison(theirs, x, y)
     comparison.expect(name, ours)
@@ -218,7 +132,7 @@ def test_a_gradient_that_is_off_by_a_ten_thousandth_is_seen(deep, key):
     net, comparison = deep
     net.float().load_state_dict(comparison.state)
     with Branch(net) as branch:
-        actual = _step(net, *comparison.given)
+        actual = step(net, *comparison.given)
     comparison.expect_values("right", actual, branch)
     actual[f"{key}.grad"] *= 1 + 1e-4
     with pytest.raises(AssertionError, match=f"{key}.grad"):
@@ -242,7 +156,7 @@ def test_a_branch_is_more_than_a_rounding():
     x, y = torch.randn(2, 3, 32, 32), torch.arange(2)
     state = {k: v.clone() for k, v in net.state_dict().items()}
     with Branch(net) as branch:
-        free = _step(net, x, y)
+        free = step(net, x, y)
     flipped = copy.copy(branch)
     flipped.choices = [c.clone() for c in branch.choices]
     flipped.choices[9][0, 0, 0, 0] ^= True
@@ -250,7 +164,7 @@ def test_a_branch_is_more_than_a_rounding():
     for taken, same in ((branch, True), (flipped, False)):
         net.load_state_dict(state)
         with taken.imposed():
-            imposed = _step(net, x, y)
+            imposed = step(net, x, y)
         assert torch.equal(imposed["conv1.weight.grad"], free["conv1.weight.grad"]) == same
 
 
