@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast import _library, ops
@@ -293,6 +292,9 @@ class FusedSite(nn.Module):
         )
 
     def _trace(self, x: Tensor, args: ConvArgs, residual: Tensor | None) -> Tensor:
+        # Here, where a tracer has imported sympy already: it takes half a second.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
         name = None
         if self._generation == _binding.generation():
             kind = (x.dtype, residual is None, x.device.type)
@@ -306,6 +308,8 @@ class FusedSite(nn.Module):
     @staticmethod
     def _candidate_for(size: Any, sizes: dict[tuple[int, ...], str]) -> str | None:
         """What runs at ``size``; at a size left open, what runs at each that was verified."""
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
         open_to = set()
         for known, name in sizes.items():
             pairs = list(zip(size, known, strict=True))
