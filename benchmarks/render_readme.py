@@ -34,16 +34,33 @@ TITLES = {
 
 
 def render(results: Path) -> str:
-    """The Markdown for every result file, in the order of their names."""
-    parts = [render_file(json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
+    """The Markdown for every result file, in the order of their names.
+
+    Files of one machine and commit are one table.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    for path in sorted(results.glob("*.json")):
+        result = json.loads(path.read_text())
+        check_publishable(result)
+        run = runs.setdefault(json.dumps(result["environment"], sort_keys=True), {"rows": []})
+        run["environment"] = result["environment"]
+        run["rows"] += result["rows"]
+        run["commands"] = [*run.get("commands", []), *filter(None, [result.get("command")])]
+    for run in runs.values():
+        run["rows"].sort(key=lambda row: (row["model"], row["dtype"], row["batch"]))
+    parts = [render_run(run) for run in runs.values()]
     return "\n\n".join(part for part in parts if part) or "No results are committed yet."
 
 
-def render_file(result: dict[str, Any]) -> str:
-    """One file as a table: a line a network, dtype and batch; median milliseconds by engine."""
-    rows = result["rows"]
+def check_publishable(result: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a result that no table may show."""
     if result.get("dry") or result.get("tests", "ok") != "ok":
         raise ValueError("a dry run, or one whose tests failed, is not a result to publish")
+
+
+def render_run(result: dict[str, Any]) -> str:
+    """A run as a table: a line a network, dtype and batch; median milliseconds by engine."""
+    rows = result["rows"]
     cases: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
         case = cases.setdefault((row["model"], row["dtype"], row["batch"]), {})
@@ -82,9 +99,8 @@ def caption(result: dict[str, Any]) -> str:
     text = f"{machine}; {', '.join(versions)}; commit {facts['commit']}, {facts['date']}. "
     text += f"Images of {', '.join(f'{size}²' for size in sizes)}, medians, lower is better; "
     text += "the fastest is bold."
-    if result.get("command"):
-        text += f" `{result['command']}`"
-    return text
+    commands = (command.split(" --json ")[0] for command in result.get("commands", ()))
+    return text + "".join(f" `{command}`" for command in commands)
 
 
 def update(readme: str, table: str) -> str:

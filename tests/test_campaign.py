@@ -113,6 +113,13 @@ def test_readme_table(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(_result()))
     text = render_readme.render(tmp_path)
     assert "| resnet18 fp32 batch 1 | **10** | 20 |" in text
+    more = _result()
+    more["command"] = "resnet-fast bench resnet18 --batch 8 --json b.json"
+    more["rows"] = [row | {"batch": 8} for row in more["rows"]]
+    (tmp_path / "b.json").write_text(json.dumps(more))
+    both = render_readme.render(tmp_path)
+    assert both.count("milliseconds a batch") == 1, "one machine and commit, one table"
+    assert "batch 8 | **10** | 20 |" in both and "`resnet-fast bench resnet18 --batch 8`" in both
     assert "a processor, 2 threads" in text and "`resnet-fast bench resnet18`" in text
     readme = f"top\n{render_readme.BEGIN}\nold\n{render_readme.END}\nend\n"
     assert render_readme.update(readme, text).startswith(f"top\n{render_readme.BEGIN}\n| milli")
@@ -123,7 +130,7 @@ def test_readme_table(tmp_path: Path) -> None:
 def test_red_or_dry_results_are_not_published() -> None:
     for mark in ({"dry": True}, {"tests": "failed"}):
         with pytest.raises(ValueError, match="not a result"):
-            render_readme.render_file(_result() | mark)
+            render_readme.check_publishable(_result() | mark)
 
 
 def test_readme_matches_the_results() -> None:
