@@ -322,8 +322,9 @@ CANDIDATES: dict[str, Candidate] = {
 }
 
 
-# Fewer channels make the transforms dearer than the products they save.
-_WINOGRAD_CHANNELS = 32
+# Fewer channels make the transforms dearer than the products they save, and sums so short that
+# F(4x4)'s transforms are the larger error: at 32 channels it passes its limit on some inputs.
+_WINOGRAD_CHANNELS = {2: 32, 4: 64}
 # Tiles that share a weight. Transformed weights are 4 (F(4x4)) or 1.8 times (F(2x2)) as many; a
 # 7x7 map of one image has 4 tiles of 4x4, and reading the weights from memory then takes 1.2 ms
 # where the products take 0.3 ms (ResNet-50's last stage, 2 Zen 4 cores, 32 GB/s).
@@ -331,14 +332,18 @@ _WINOGRAD_TILES = 16
 
 
 def _winograd_order(site: Site) -> tuple[str, ...]:
-    if _reject_winograd(site) is not None or min(site.weight_shape[:2]) < _WINOGRAD_CHANNELS:
+    if _reject_winograd(site) is not None:
         return ()
+    channels = min(site.weight_shape[:2])
     # One choice serves batches 2 to 15 (nn/site.py): 4 images stand for them.
     images = 1 if site.x_shape[0] == 1 else max(4, site.x_shape[0])
     rows, columns = site.out_shape[2:]
     order = (("winograd4", 4), ("winograd2", 2))
     return tuple(
-        name for name, m in order if images * -(-rows // m) * -(-columns // m) >= _WINOGRAD_TILES
+        name
+        for name, m in order
+        if channels >= _WINOGRAD_CHANNELS[m]
+        and images * -(-rows // m) * -(-columns // m) >= _WINOGRAD_TILES
     )
 
 
