@@ -128,6 +128,7 @@ def test_it_runs_where_it_is_faster() -> None:
     pointwise = site_of((1, 256, 14, 14), (1024, 256, 1, 1), residual=True)
     assert default_order(pointwise)[0] == "direct"
     assert verify(pointwise, CANDIDATES["direct"], "cpu").ok
+    assert default_order(site_of((1, 256, 56, 56), (64, 256, 1, 1)))[0] == "onednn"
     assert default_order(site_of((1, 64, 56, 56), (64, 64, 3, 3), padding=1))[0] == "onednn"
 
 
