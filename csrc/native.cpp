@@ -140,11 +140,30 @@ uint64_t word_at(const unsigned char* bytes, uint64_t offset, uint64_t length) {
   return word;
 }
 
+uint64_t sample_at(uint64_t length, uint64_t i) {
+  const uint64_t last = length - 8;
+  // Split so that the product cannot overflow for any length.
+  return last / (kSamples - 1) * i + last % (kSamples - 1) * i / (kSamples - 1);
+}
+
+// Weights that were packed are read nowhere else: every sample is a miss of all caches. They are
+// under way together instead of one after the other.
+void prefetch(uint64_t address, uint64_t length) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(address);
+  if (length <= kWholeBytes) {
+    for (uint64_t at = 0; at < length; at += 64) __builtin_prefetch(bytes + at);
+  } else {
+    for (uint64_t i = 0; i < kSamples; ++i) __builtin_prefetch(bytes + sample_at(length, i));
+  }
+}
+
 // A change detector for weights, not a checksum: whole up to 16 KiB, beyond that 128 evenly spaced
 // words with the first and the last. Order, length and content of the buffers count.
 uint64_t fingerprint(const std::vector<std::pair<uint64_t, uint64_t>>& buffers) {
   uint64_t h = 0x9E3779B97F4A7C15ull + buffers.size();
-  for (const auto& [address, length] : buffers) {
+  for (size_t index = 0; index < buffers.size(); ++index) {
+    const auto [address, length] = buffers[index];
+    if (index + 1 < buffers.size()) prefetch(buffers[index + 1].first, buffers[index + 1].second);
     if (length == 0) {
       h = mix(h + 1);
       continue;
@@ -162,11 +181,8 @@ uint64_t fingerprint(const std::vector<std::pair<uint64_t, uint64_t>>& buffers) 
         chains.add(0, word_at(bytes, at, std::min<uint64_t>(8, length - at)));
       }
     } else {
-      const uint64_t last = length - 8;
       for (uint64_t i = 0; i < kSamples; ++i) {
-        // Split so that the product cannot overflow for any length.
-        const uint64_t at = last / (kSamples - 1) * i + last % (kSamples - 1) * i / (kSamples - 1);
-        chains.add(static_cast<int>(i % 4), word_at(bytes, at, 8));
+        chains.add(static_cast<int>(i % 4), word_at(bytes, sample_at(length, i), 8));
       }
     }
     h = mix(h ^ chains.finish());

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "resnet_fast"
 PRIVATE = {"add_act": "_add_act_backward", "bn_act_train": "_bn_act_train_backward"}
 # Parts of the registrations that pack weights (resnet_fast/ops/conv_bn_act_<algorithm>.py).
-PARTS = {"_direct_weight", "_direct_conv", "_winograd_weight", "_winograd_conv", "_release_memory"}
+PARTS = {"_direct_weight", "_direct_conv", "_winograd_weight", "_winograd_conv"}
+# What serves all ops: the memory of their outputs, and a network's layers as one call.
+SHARED = {"_release_memory": "pool", "_run_sequence": "sequence", "_sequence_bytes": "sequence"}
 # Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}
 CUDA = {"add_act", "bn_act"}
@@ -71,7 +73,7 @@ def inside(name: str, module: str) -> bool:
 
 
 def test_schemas_are_the_listed_ops_their_backwards_and_parts() -> None:
-    assert set(schemas()) == set(ops.OPS) | set(PRIVATE.values()) | PARTS
+    assert set(schemas()) == set(ops.OPS) | set(PRIVATE.values()) | PARTS | set(SHARED)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd", "onednn"])
@@ -123,10 +125,10 @@ def test_sources(op: str) -> None:
 
 
 def test_no_source_without_an_op() -> None:
-    """A file whose stem is no op's is shared code: it registers nothing (pool: its release)."""
+    """A file whose stem is no op's is shared code, and registers what is listed as such."""
     for file in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]:
         owned = any(file.stem == op or file.stem.startswith(f"{op}_") for op in ops.OPS)
-        if not owned and file.stem != "pool":
+        if not owned and file.stem not in SHARED.values():
             assert "STABLE_TORCH_LIBRARY" not in file.read_text(), file.name
 
 

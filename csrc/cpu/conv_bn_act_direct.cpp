@@ -20,12 +20,8 @@ struct DirectFp32 {
 };
 
 int64_t packed_size(ScalarType dtype, int64_t filters, int64_t depth) {
-  if (dtype == ScalarType::BFloat16) return direct_bf16_packed_size(filters, depth);
-  int64_t size = 0;
-  run_on_isa([&](auto isa) {
-    size = direct_packed_size<DirectFp32<decltype(isa)::value>>(filters, depth);
-  });
-  return size;
+  return dtype == ScalarType::BFloat16 ? direct_bf16_packed_size(filters, depth)
+                                       : direct_fp32_packed_size(filters, depth);
 }
 
 void check_dtype(const char* name, const Tensor& t) {
@@ -55,16 +51,7 @@ Tensor direct_weight(const Tensor& weight) {
 }
 
 void run(const Geometry& g, const DirectOperands<bf16>& o) { direct_bf16(g, o); }
-
-void run(const Geometry& g, const DirectOperands<float>& o) {
-  run_on_isa([&](auto isa) {
-    constexpr Isa kIsa = decltype(isa)::value;
-    const DirectCut cut(g, DirectFp32<kIsa>::kBlock, thread_count());
-    parallel_on<kIsa>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end) RF_INLINE {
-      direct_tasks<DirectFp32<kIsa>>(g, o, cut, begin, end);
-    });
-  });
-}
+void run(const Geometry& g, const DirectOperands<float>& o) { direct_fp32(g, o); }
 
 Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
                    const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
@@ -103,6 +90,25 @@ Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
 }
 
 }  // namespace
+
+int64_t direct_fp32_packed_size(int64_t filters, int64_t depth) {
+  int64_t size = 0;
+  run_on_isa([&](auto isa) {
+    size = direct_packed_size<DirectFp32<decltype(isa)::value>>(filters, depth);
+  });
+  return size;
+}
+
+void direct_fp32(const Geometry& g, const DirectOperands<float>& o) {
+  run_on_isa([&](auto isa) {
+    constexpr Isa kIsa = decltype(isa)::value;
+    const DirectCut cut(g, DirectFp32<kIsa>::kBlock, worker_count());
+    parallel_on<kIsa>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end) RF_INLINE {
+      direct_tasks<DirectFp32<kIsa>>(g, o, cut, begin, end);
+    });
+  });
+}
+
 }  // namespace resnet_fast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {

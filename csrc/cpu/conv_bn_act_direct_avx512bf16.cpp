@@ -131,7 +131,7 @@ void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64
 }
 
 void direct_bf16(const Geometry& g, const DirectOperands<bf16>& o) {
-  const DirectCut cut(g, DirectBf16::kBlock, thread_count());
+  const DirectCut cut(g, DirectBf16::kBlock, worker_count());
   parallel_on<Isa::avx512>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end) RF_INLINE {
     direct_tasks<DirectBf16>(g, o, cut, begin, end);
   });

@@ -15,10 +15,10 @@
 // A thread transforms a block of tiles, whose V stays in its second-level cache, and passes over
 // all of U; where tiles are few, or U is larger than the caches, V is shared and the threads divide
 // U instead, so that each weight is read once. The epilogue works on a tile while its sums are hot.
-#include "../math/conv_geometry.h"
 #include "../math/winograd.h"
 #include "pool.h"
 #include "tile.h"
+#include "winograd.h"
 
 namespace resnet_fast::cpu {
 namespace {
@@ -110,16 +110,7 @@ RF_INLINE inline void transform_input(const Plane& g, const float* x, const floa
   }
 }
 
-struct Epilogue {
-  const float* x;
-  const float* weight;  // with the strides of its four dimensions
-  int64_t weight_step[4];
-  const float* scale;
-  const float* shift;
-  const float* residual;
-  float* y;
-  Act act;
-};
+using Epilogue = WinogradOperands;
 
 // The sums of one tile by the definition of convolution. The transforms subtract inputs from each
 // other, so that an infinity becomes NaN, and a huge value may overflow, in outputs whose own
@@ -268,12 +259,13 @@ RF_INLINE inline void filter_block(const Plane& g, const Epilogue& e, const floa
 }
 
 template <int M, Isa I>
-void convolve(const Plane& g, const float* x, const float* packed, const Epilogue& e) {
+void convolve(const Plane& g, const Epilogue& e) {
+  const float *const x = e.x, *const packed = e.packed;
   constexpr int kElements = Winograd<M>::kTile * Winograd<M>::kTile;
   constexpr int64_t NR = kFilterBlock<I>;
   const int64_t tiles = g.tiles(), v_row = row_stride(g.channels);
   const int64_t filter_blocks = (g.filters + NR - 1) / NR;
-  const int64_t threads = thread_count();
+  const int64_t threads = worker_count();
   const int64_t weight_bytes = filter_blocks * kElements * g.channels * NR * 4;
   const std::vector<float> zeros(g.channels, 0.0f);
 
@@ -369,11 +361,6 @@ int64_t filter_block_size() {
   return size;
 }
 
-int64_t packed_size(int64_t filters, int64_t channels, int64_t m) {
-  const int64_t nr = filter_block_size();
-  return (filters + nr - 1) / nr * nr * channels * (m + 2) * (m + 2);
-}
-
 Tensor winograd_weight(const Tensor& weight, int64_t m) {
   STD_TORCH_CHECK(m == 2 || m == 4, "m: expected 2 or 4");
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float,
@@ -382,7 +369,7 @@ Tensor winograd_weight(const Tensor& weight, int64_t m) {
                   "weight: expected shape [K, C, 3, 3]");
   const int64_t filters = weight.size(0), channels = weight.size(1);
   const Tensor dense = as_format(weight, MemoryFormat::Contiguous);
-  const Tensor packed = empty_packed(packed_size(filters, channels, m), weight);
+  const Tensor packed = empty_packed(winograd_packed_size(filters, channels, m), weight);
   if (m == 2) {
     pack<2>(data_of<float>(dense), filters, channels, filter_block_size(),
             mutable_data_of<float>(packed));
@@ -406,31 +393,17 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& weight
                       weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 &&
                       weight.size(3) == 3,
                   "weight: expected a float32 CPU tensor of shape [K, C, 3, 3]");
-  const int64_t filters = weight.size(0);
-  Plane g{};
-  g.batch = x.size(0);
-  g.channels = x.size(1);
-  g.filters = filters;
-  g.in_h = x.size(2);
-  g.in_w = x.size(3);
-  g.pad_h = padding[0];
-  g.pad_w = padding[1];
-  constexpr int64_t kLimit = int64_t(1) << 31;  // keeps every coordinate far from overflow
-  STD_TORCH_CHECK(g.pad_h >= 0 && g.pad_h < kLimit && g.pad_w >= 0 && g.pad_w < kLimit,
-                  "padding: expected 0 or more");
-  STD_TORCH_CHECK(g.channels > 0 && filters > 0, "x, weight: expected at least one channel");
-  g.out_h = conv_output_size(g.in_h, 3, 1, g.pad_h, 1);
-  g.out_w = conv_output_size(g.in_w, 3, 1, g.pad_w, 1);
-  STD_TORCH_CHECK(g.out_h > 0 && g.out_w > 0, "x: the kernel is larger than the padded input");
-  g.tiles_h = (g.out_h + m - 1) / m;
-  g.tiles_w = (g.out_w + m - 1) / m;
+  const std::array<int64_t, 2> one = {1, 1};
+  const IntList ones(one.data(), one.size());
+  const Geometry g = checked_geometry(x, weight, ones, padding, ones, 1);
+  const int64_t filters = g.filters;
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Float &&
                       packed.is_contiguous() &&
-                      packed.numel() == packed_size(filters, g.channels, m),
+                      packed.numel() == winograd_packed_size(filters, g.channels, m),
                   "packed: expected what _winograd_weight returns for this weight");
   if (scale) check_channel_vector("scale", *scale, x, filters);
   if (shift) check_channel_vector("shift", *shift, x, filters);
-  const Tensor y = empty_channels_last({g.batch, filters, g.out_h, g.out_w}, x);
+  const Tensor y = empty_channels_last({g.batch, filters, g.out[1], g.out[2]}, x);
   if (residual) check_matches("residual", *residual, y);
   if (y.numel() == 0) return y;
 
@@ -438,26 +411,41 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& weight
   const Tensor added = residual ? as_format(*residual, MemoryFormat::ChannelsLast) : Tensor();
   const auto a = channel_values<float>(scale, filters, 1.0f);
   const auto b = channel_values<float>(shift, filters, 0.0f);
-  const Epilogue e{data_of<float>(dense),
-                   data_of<float>(weight),
-                   {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
-                   a.data(),
-                   b.data(),
-                   residual ? data_of<float>(added) : nullptr,
-                   mutable_data_of<float>(y),
-                   act};
-  run_on_isa([&](auto isa) {
-    constexpr Isa kIsa = decltype(isa)::value;
-    if (m == 2) {
-      convolve<2, kIsa>(g, data_of<float>(dense), data_of<float>(packed), e);
-    } else {
-      convolve<4, kIsa>(g, data_of<float>(dense), data_of<float>(packed), e);
-    }
-  });
+  winograd(g, m,
+           {data_of<float>(dense),
+            data_of<float>(packed),
+            data_of<float>(weight),
+            {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
+            a.data(),
+            b.data(),
+            residual ? data_of<float>(added) : nullptr,
+            mutable_data_of<float>(y),
+            act});
   return y;
 }
 
 }  // namespace
+
+int64_t winograd_packed_size(int64_t filters, int64_t channels, int64_t m) {
+  const int64_t nr = filter_block_size();
+  return (filters + nr - 1) / nr * nr * channels * (m + 2) * (m + 2);
+}
+
+void winograd(const Geometry& g, int64_t m, const WinogradOperands& o) {
+  Plane plane{g.batch,  g.channels,   g.filters,    g.in[1], g.in[2], g.out[1],
+              g.out[2], g.padding[1], g.padding[2], 0,       0};
+  plane.tiles_h = (g.out[1] + m - 1) / m;
+  plane.tiles_w = (g.out[2] + m - 1) / m;
+  run_on_isa([&](auto isa) {
+    constexpr Isa kIsa = decltype(isa)::value;
+    if (m == 2) {
+      convolve<2, kIsa>(plane, o);
+    } else {
+      convolve<4, kIsa>(plane, o);
+    }
+  });
+}
+
 }  // namespace resnet_fast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {

@@ -188,6 +188,10 @@ void pack_direct(const typename K::T* from, int64_t filters, int64_t channels, i
   });
 }
 
+// The fp32 kernel (conv_bn_act_direct.cpp).
+int64_t direct_fp32_packed_size(int64_t filters, int64_t depth);
+void direct_fp32(const Geometry& g, const DirectOperands<float>& o);
+
 // The bf16 kernel, for CPUs with AVX512_BF16 (conv_bn_act_direct_avx512bf16.cpp).
 bool has_direct_bf16();
 int64_t direct_bf16_packed_size(int64_t filters, int64_t depth);

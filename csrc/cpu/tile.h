@@ -3,17 +3,16 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 #include <utility>
-#include <vector>
 
 #include "../stable.h"
 #include "isa.h"
+#include "team.h"
 
 namespace resnet_fast::cpu {
 
@@ -57,11 +56,6 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// `total` cut into `parts` pieces that differ by one at most: the first element of piece `i`.
-inline int64_t cut_at(int64_t total, int64_t parts, int64_t i) {
-  return total / parts * i + std::min(i, total % parts);
-}
-
 // Activations that are a clamp to [low, high] can be applied to sums in registers.
 struct Clamp {
   bool is_clamp;
@@ -91,40 +85,6 @@ RF_INLINE inline void finish_row(ActT, int64_t length, const float* __restrict s
       y[k] = Narrow<T>::from(activate<ActT::value>(sums[k] * scale[k] + shift[k]));
     }
   }
-}
-
-// Runs f(begin, end) over parts of [0, tasks) on torch's threads, compiled for I. A thread starts
-// on a range of its own, which is where it worked in the layer before, so that what it needs is in
-// its cache. When done it takes over what the others have left: a core that something else keeps
-// busy for a while would otherwise hold up every layer.
-template <Isa I, typename F>
-void parallel_on(int64_t tasks, const F& f) {
-  struct alignas(64) Range {
-    std::atomic<int64_t> next;
-    int64_t end, step;
-  };
-  const int64_t threads = std::clamp<int64_t>(thread_count(), 1, std::max<int64_t>(tasks, 1));
-  std::vector<Range> ranges(threads);
-  for (int64_t t = 0; t < threads; ++t) {
-    const int64_t begin = cut_at(tasks, threads, t), end = cut_at(tasks, threads, t + 1);
-    ranges[t].next = begin;
-    ranges[t].end = end;
-    ranges[t].step = std::max<int64_t>(1, (end - begin) / 8);
-  }
-  parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    run_on_isa([&](auto same) RF_INLINE {
-      if constexpr (decltype(same)::value == I) {
-        for (int64_t t = first; t < last + threads - 1; ++t) {
-          Range& range = ranges[t % threads];
-          for (;;) {
-            const int64_t begin = range.next.fetch_add(range.step, std::memory_order_relaxed);
-            if (begin >= range.end) break;
-            f(begin, std::min(range.end, begin + range.step));
-          }
-        }
-      }
-    });
-  });
 }
 
 // Weights are prefetched this many bytes ahead: 32 steps of the product, longer than a miss of the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from resnet_fast.errors import ArgumentError
 from resnet_fast.fuse.capture import STATE, conv_paths, is_site
 from resnet_fast.fuse.match import REASONS
 from resnet_fast.fuse.program import Program, SiteTarget, site_refusal
+from resnet_fast.nn.sequence import Sequenced
 from resnet_fast.plan import REASONS as PLAN_REASONS
 from resnet_fast.plan import model_rows
 
@@ -53,11 +54,14 @@ _FIELDS = (
 class Explanation:
     """The rows of a model, as data (``rows``), as text (``str()``) and as a rich table.
 
+    ``calls`` has a line for each image size at which layers run as one native call.
+
     Every row has the fields of a site's row, and ``fused``: whether a fused call stands there.
     """
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: list[dict[str, Any]], calls: Sequence[str] = ()) -> None:
         self.rows = rows
+        self.calls = tuple(calls)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.rows)
@@ -93,7 +97,7 @@ class Explanation:
         lines += ["", *(f"{code}: {meaning}" for code, meaning in self.meanings.items())]
         details = dict.fromkeys(str(row["notes"]) for row in self.rows if row["notes"])
         lines += [f"note: {detail}" for detail in details]
-        return "\n".join([*lines, self.summary])
+        return "\n".join([*lines, *self.calls, self.summary])
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -102,7 +106,7 @@ class Explanation:
         table = Table(*COLUMNS)
         for cells in self._cells():
             table.add_row(*cells)
-        return Group(table, self.summary)
+        return Group(table, *self.calls, self.summary)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -139,14 +143,23 @@ def explain(model: nn.Module) -> Explanation:
             for row in model_rows(model)
             if row["name"] not in state.reports or state.reports[row["name"]].reason != "FUSED"
         ]
-    return Explanation(rows)
+    return Explanation(rows, _calls(model))
+
+
+def _calls(model: nn.Module) -> list[str]:
+    return [
+        sequence.describe(shape)
+        for module in model.modules()
+        if isinstance(module, Sequenced) and module.sequences is not None
+        for shape, sequence in module.sequences
+    ]
 
 
 def _plain(model: nn.Module) -> Explanation:
     rows = [complete(row) for row in model_rows(model)]
     if not rows:
         rows = [_row(path, conv, "NOT_ACCELERATED") for path, conv in conv_paths(model).items()]
-    return Explanation(rows)
+    return Explanation(rows, _calls(model))
 
 
 def _refusals(model: nn.Module, units: list[str]) -> dict[str, str | None]:

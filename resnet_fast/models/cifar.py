@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from resnet_fast.nn.blocks import (
     stem_site,
     to_planned_layout,
 )
+from resnet_fast.nn.sequence import Sequenced, plain
 
 
 class ZeroPadShortcut(nn.Module):
@@ -36,7 +36,8 @@ class ZeroPadShortcut(nn.Module):
         return f"new_planes={self.new_planes}, stride={self.stride}"
 
 
-class CifarResNet(nn.Module):
+@plain
+class CifarResNet(Sequenced):
     """ResNet of ``depth = 6n + 2`` layers: 16, 32, 64 channels at 32, 16, 8 pixels, n blocks each.
 
     ``shortcut``: "A" subsamples and pads with zero channels where the shape changes, "B" projects
@@ -94,15 +95,14 @@ class CifarResNet(nn.Module):
             return ZeroPadShortcut(self.inplanes, planes, stride)
         return nn.Sequential(conv1x1(self.inplanes, planes, stride), nn.BatchNorm2d(planes))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _trunk(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1)
         site = stem_site(self.relu)
         x = to_planned_layout(x, self, site, self.bn1)
         x = conv_bn_relu(site, x, self.conv1, self.bn1, self.relu)
         # One input channel is both layouts at once and the stem then answers in NCHW.
         x = to_planned_layout(x, self, site, self.bn1)
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.layer3(self.layer2(self.layer1(x)))
 
 
 def cifar_resnet20(**kwargs: object) -> CifarResNet:

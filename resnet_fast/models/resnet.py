@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from resnet_fast.errors import ArgumentError
@@ -27,9 +26,11 @@ from resnet_fast.nn.blocks import (
     stem_site,
     to_planned_layout,
 )
+from resnet_fast.nn.sequence import Sequenced, max_pool, plain
 
 
-class ResNet(nn.Module):
+@plain
+class ResNet(Sequenced):
     """Table 1 of He et al. 2015. ``(N, 3, H, W)`` images to ``(N, num_classes)`` logits.
 
     Raises ``ArgumentError`` for arguments that torchvision's ``ResNet`` refuses.
@@ -120,21 +121,17 @@ class ResNet(nn.Module):
             layers.append(block(out_planes, planes, 1, None, *shape, self.dilation, norm_layer))
         return nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _trunk(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1)
         site = stem_site(self.relu)
         x = to_planned_layout(x, self, site, self.bn1)
         x = conv_bn_relu(site, x, self.conv1, self.bn1, self.relu)
-        x = self.maxpool(x)
+        x = max_pool(self.maxpool, x)
 
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
-        x = self.layer4(x)
-
-        x = self.avgpool(x)
-        x = torch.flatten(x, 1)
-        return self.fc(x)
+        return self.layer4(x)
 
 
 def _build(

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _nn_module
 
 from resnet_fast.errors import ArgumentError, DTypeError
+from resnet_fast.nn.sequence import Sequenced, plain
 from resnet_fast.nn.site import FusedSite
 
 NormLayer = Callable[..., nn.Module]
@@ -46,6 +47,7 @@ class PlainSite(nn.Module):
         return f"act={self.act!r}"
 
 
+@plain
 class SiteReLU(nn.ReLU):
     """A ReLU that carries the site of the convolution before it.
 
@@ -190,6 +192,7 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
 
 
+@plain
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 5 left)."""
 
@@ -231,6 +234,7 @@ class BasicBlock(nn.Module):
         return conv_bn_relu(self.site2, y, self.conv2, self.bn2, self.relu, identity)
 
 
+@plain
 class PlainBlock(BasicBlock):
     """The same two convolutions without the shortcut (He et al. 2015, figure 3 middle)."""
 
@@ -239,6 +243,7 @@ class PlainBlock(BasicBlock):
         return conv_bn_relu(self.site2, y, self.conv2, self.bn2, self.relu)
 
 
+@plain
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2015, figure 5 right).
 
@@ -290,8 +295,13 @@ def _shortcut_site(downsample: nn.Module | None) -> FusedSite | None:
 
 
 def unfuse_(network: nn.Module) -> nn.Module:
-    """Replaces every ``FusedSite`` of ``network`` by a ``PlainSite``, in place; returns it."""
+    """Replaces every ``FusedSite`` of ``network`` by a ``PlainSite``, in place; returns it.
+
+    What is left of a network of this package is torch's modules, one after the other.
+    """
     for module in list(network.modules()):
+        if isinstance(module, Sequenced):
+            module.sequences = None
         for name, child in list(module.named_children()):
             if isinstance(child, FusedSite):
                 setattr(module, name, PlainSite(child.act, child.name))

@@ -19,6 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fast.ops import _pack
 from resnet_fast.plan import binding as _binding
 
+# Shapes that a site or a network remembers: the oldest make room, and are decided again.
+_SHAPES = 64
+
+
+def keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Enter ``value``, and let the oldest entry go beyond ``_SHAPES``."""
+    kept[key] = value
+    if len(kept) > _SHAPES:
+        for oldest in list(kept)[:1]:
+            kept.pop(oldest, None)
+
 
 def hooks_of(module: Any) -> tuple[dict[Any, Any], ...]:
     """The dictionaries that hold the hooks of ``module``: empty ones mean that it has none."""
@@ -33,6 +44,36 @@ def hooks_of(module: Any) -> tuple[dict[Any, Any], ...]:
 def is_transforming() -> bool:
     """Whether a call now means more than its numbers: under vmap or with forward-mode tangents."""
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+# A tensor's place in a module, the tensor, and the version and address that it had.
+Source = tuple[dict[str, Any], str, Tensor | None, int, int]
+
+
+def sources_of(
+    places: Sequence[tuple[dict[str, Any], str]], used: Sequence[Tensor | None]
+) -> tuple[Source, ...]:
+    """What to compare later, to know that ``used`` are still there and as they are now."""
+    return tuple(
+        (where, name, t, 0 if t is None else t._version, 0 if t is None else t.data_ptr())
+        for (where, name), t in zip(places, used, strict=True)
+    )
+
+
+def are_current(sources: Sequence[Source]) -> bool:
+    """Whether every source is the same tensor, unwritten, at the same place."""
+    for where, name, tensor, version, pointer in sources:
+        if where.get(name) is not tensor:
+            return False
+        if tensor is not None and (tensor._version != version or tensor.data_ptr() != pointer):
+            return False
+    return True
+
+
+def batch_class(x: Tensor) -> tuple[bool, bool]:
+    """Torch's CPU convolution picks its algorithm by whether the batch is 1 and, at one thread,
+    below 16; a candidate is verified against the one that it replaces."""
+    return x.shape[0] == 1, x.shape[0] >= 16
 
 
 class Prepared:
@@ -85,10 +126,7 @@ class Prepared:
         self.generation = _binding.generation()
         self.epoch = _pack.epoch()
         self.hooks = tuple(d for m in (conv, bn) if m is not None for d in hooks_of(m))
-        self.sources = tuple(
-            (where, name, t, 0 if t is None else t._version, 0 if t is None else t.data_ptr())
-            for (where, name), t in zip(self.places(conv, bn), used, strict=True)
-        )
+        self.sources = sources_of(self.places(conv, bn), used)
         self.watch = _pack.watch(used)
         # Last: what is written to a parameter from here on shows in what was noted above.
         self.call = make()
@@ -152,9 +190,4 @@ class Prepared:
             or residual.shape != (x.shape[0], *self.out)
         ):
             return False
-        for where, name, tensor, version, pointer in self.sources:
-            if where.get(name) is not tensor:
-                return False
-            if tensor is not None and (tensor._version != version or tensor.data_ptr() != pointer):
-                return False
-        return self.watch is None or self.watch.unchanged()
+        return are_current(self.sources) and (self.watch is None or self.watch.unchanged())

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast import _library, ops
 from resnet_fast.errors import ArgumentError
-from resnet_fast.nn.prepared import Prepared, hooks_of, is_transforming
+from resnet_fast.nn import recorder as _recorder
+from resnet_fast.nn.prepared import Prepared, batch_class, hooks_of, is_transforming, keep
 from resnet_fast.ops import activation
 from resnet_fast.ops.activation import ACTIVATIONS
 from resnet_fast.plan import binding as _binding
@@ -31,26 +32,8 @@ _PLANNED_DTYPES = frozenset(DTYPES.values())
 _CPU_OPS = _library.status()["cpu"].loaded
 
 
-# Shapes that a site remembers: of image sizes without end, the oldest are decided again.
-_SHAPES = 64
-
-
-def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
-    """Enter ``value``, and let the oldest entry go beyond ``_SHAPES``."""
-    kept[key] = value
-    if len(kept) > _SHAPES:
-        for oldest in list(kept)[:1]:
-            kept.pop(oldest, None)
-
-
 def _hooked(module: nn.Module) -> bool:
     return any(hooks_of(module))
-
-
-def _batch_class(x: Tensor) -> tuple[bool, bool]:
-    """Torch's CPU convolution picks its algorithm by whether the batch is 1 and, at one thread,
-    below 16; a candidate is verified against the one that it replaces."""
-    return x.shape[0] == 1, x.shape[0] >= 16
 
 
 def _is_frozen_norm(norm: nn.Module) -> bool:
@@ -129,9 +112,13 @@ class FusedSite(nn.Module):
             residual: added before the activation, of the output's shape.
         """
         if not torch.compiler.is_compiling():
-            prepared = self._prepared.get((_batch_class(x), x.shape[1:], residual is None))
+            prepared = self._prepared.get((batch_class(x), x.shape[1:], residual is None))
             if prepared is not None and prepared.holds(x, conv, bn, residual):
-                return prepared.call(x, residual)
+                y = prepared.call(x, residual)
+                recorder = _recorder.active()
+                if recorder is not None:
+                    recorder.site(prepared, self.act, x, residual, y)
+                return y
         reason = self._why_not(x, conv, bn)
         if reason == "TRAINING":
             return self._train(x, conv, bn, residual)
@@ -351,13 +338,13 @@ class FusedSite(nn.Module):
         ready = Prepared(
             x, conv, bn, args.tensors, tuple(y.shape[1:]), lambda: prepare(x, args, self.act)
         )
-        key = (_batch_class(x), x.shape[1:], residual is None)
-        _keep(self._prepared, key, ready)
+        key = (batch_class(x), x.shape[1:], residual is None)
+        keep(self._prepared, key, ready)
 
     @staticmethod
     def _key(x: Tensor, args: ConvArgs, residual: Tensor | None) -> Any:
         return (
-            _batch_class(x),
+            batch_class(x),
             x.shape[1:],
             x.dtype,
             x.is_contiguous(),
@@ -398,12 +385,12 @@ class FusedSite(nn.Module):
         if plan is not None:
             _binding.tune_site(plan, site, x, args, residual)
         found = (_binding.resolve(site, x.device), site)
-        _keep(self._bindings, key, found)
+        keep(self._bindings, key, found)
         kind = (x.dtype, residual is None, x.device.type, x.shape[0] == 1)
         sizes = self._traced.setdefault(kind, {})
         size, name = tuple(x.shape[2:]), found[0].candidate.name
         # A trace serves few images and many, which may be bound to different candidates.
-        _keep(sizes, size, name if sizes.get(size, name) == name else "aten")
+        keep(sizes, size, name if sizes.get(size, name) == name else "aten")
         return found
 
     def rows(self) -> list[dict[str, Any]]:

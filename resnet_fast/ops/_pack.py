@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,49 @@ from resnet_fast import _library
 
 # A convolution with everything but input and residual bound.
 Call = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Layer(NamedTuple):
+    """What the native kernels need of a convolution in fp32 (csrc/cpu/sequence.cpp).
+
+    ``kind`` names the kernel; an absent scale is 1, an absent shift 0.
+    """
+
+    kind: str
+    packed: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def constants(self) -> list[Tensor]:
+        """Packed weight, weight, scale and shift, each of them there."""
+        weight = self.weight.detach()
+        scale = weight.new_ones(weight.shape[0]) if self.scale is None else self.scale
+        shift = weight.new_zeros(weight.shape[0]) if self.shift is None else self.shift
+        return [self.packed, weight, scale.contiguous(), shift.contiguous()]
+
+
+class PackedCall:
+    """A :data:`Call` of an op over packed weights.
+
+    ``op(x, *before, residual, *after)``; ``layer`` is what a sequence runs in its place, None
+    where it cannot.
+    """
+
+    __slots__ = ("after", "before", "layer", "op")
+
+    def __init__(
+        self,
+        op: Callable[..., Tensor],
+        before: tuple[Any, ...],
+        after: tuple[Any, ...],
+        layer: Layer | None,
+    ) -> None:
+        self.op, self.before, self.after, self.layer = op, before, after, layer
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return self.op(x, *self.before, residual, *self.after)
+
 
 # Sweep for dead entries after this many insertions: rare enough to be free, frequent enough that
 # a discarded model gives its packed weights back.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resnet_fast import _library
 from resnet_fast.ops import _checks
-from resnet_fast.ops._pack import Call, cached, fold, like_convolution
+from resnet_fast.ops._pack import Call, Layer, PackedCall, cached, fold, like_convolution
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -54,12 +54,15 @@ def prepare(
             *fold(bias, bn_weight, bn_bias, mean, var, eps),
         ),
     )
-    op = torch.ops.resnet_fast._direct_conv.default
-
-    def call(x: Tensor, residual: Tensor | None) -> Tensor:
-        return op(x, packed, weight, scale, shift, residual, stride, padding, dilation, act)
-
-    return call
+    layer = None
+    if weight.dtype is torch.float32:
+        layer = Layer("direct", packed, weight, scale, shift)
+    return PackedCall(
+        torch.ops.resnet_fast._direct_conv.default,
+        (packed, weight, scale, shift),
+        (stride, padding, dilation, act),
+        layer,
+    )
 
 
 def run(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resnet_fast.errors import ArgumentError
 from resnet_fast.ops import _checks
-from resnet_fast.ops._pack import Call, cached, fold, like_convolution
+from resnet_fast.ops._pack import Call, Layer, PackedCall, cached, fold, like_convolution
 
 
 def _check(weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> None:
@@ -58,12 +58,12 @@ def prepare(
             *fold(bias, bn_weight, bn_bias, mean, var, eps),
         ),
     )
-    op = torch.ops.resnet_fast._winograd_conv.default
-
-    def call(x: Tensor, residual: Tensor | None) -> Tensor:
-        return op(x, packed, weight, m, scale, shift, residual, padding, act)
-
-    return call
+    return PackedCall(
+        torch.ops.resnet_fast._winograd_conv.default,
+        (packed, weight, m, scale, shift),
+        (padding, act),
+        Layer(f"winograd{m}", packed, weight, scale, shift),
+    )
 
 
 def run2(

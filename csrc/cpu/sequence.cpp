@@ -1,0 +1,255 @@
+// The layers of a network as one call: what each is was decided, verified and written down as a
+// list of steps (resnet_fast/nn/sequence.py); here they run one after the other.
+//
+// Between the layers there is no Python, no allocation and no fork of threads: one team stays
+// together, and all activations live in one block, the arena. A value has a place there from the
+// step that writes it to the last one that reads it; a layer that adds a residual whose last use
+// this is writes over it.
+#include "direct.h"
+#include "pool.h"
+#include "team.h"
+#include "window_pool.h"
+#include "winograd.h"
+
+namespace resnet_fast::cpu {
+namespace {
+
+enum class Kind : int64_t { direct = 0, max_pool = 1, winograd2 = 2, mean = 3, winograd4 = 4 };
+
+// One step as the list holds it. Values are numbered; value 0 is the network's input.
+struct Record {
+  Kind kind;
+  int64_t in, residual, out;  // values; residual -1 where there is none
+  int64_t constants;          // index of the first of packed, weight, scale, shift
+  int64_t act;
+  int64_t filters;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+constexpr int64_t kFields = sizeof(Record) / sizeof(int64_t);
+static_assert(sizeof(Record) == 15 * sizeof(int64_t));
+
+struct Step {
+  Kind kind;
+  int64_t in, residual, out;
+  Act act;
+  Geometry g{};
+  const float *packed = nullptr, *weight = nullptr, *scale = nullptr, *shift = nullptr;
+  int64_t weight_step[4] = {};
+};
+
+// What a value is, and where in the arena; the input and the result are tensors of their own.
+struct Value {
+  int64_t channels = 0, height = 0, width = 0;
+  int64_t first = -1, last = -1;  // the steps that write it and read it last
+  int64_t at = -1, size = 0;      // floats from the arena's start
+  int64_t count(int64_t batch) const { return batch * channels * height * width; }
+};
+
+class Sequence {
+ public:
+  Sequence(const Tensor& x, const std::vector<Tensor>& constants, IntList records) : x_(x) {
+    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && is_channels_last(x),
+                    "x: expected a float32 CPU tensor in channels-last memory, rank 4");
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0, "x: expected shape [N, C, H, W]");
+    const auto fields = static_cast<int64_t>(records.size());
+    STD_TORCH_CHECK(fields > 0 && fields % kFields == 0, "steps: expected ", kFields,
+                    " integers a step");
+    const int64_t count = fields / kFields;
+    values_.resize(count + 1);
+    values_[0] = {x.size(1), x.size(2), x.size(3)};
+    steps_.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+      Record r;
+      std::memcpy(&r, records.data() + i * kFields, sizeof(r));
+      add(i, r, constants);
+    }
+    place();
+  }
+
+  int64_t arena_size() const { return arena_size_; }
+
+  Tensor output() const {
+    const Value& last = values_[steps_.back().out];
+    return empty_channels_last({x_.size(0), last.channels, last.height, last.width}, x_);
+  }
+
+  // `arena` holds arena_size() floats.
+  void run(float* arena, float* y) const {
+    Team::run([&] {
+      for (const Step& s : steps_) {
+        const float* in = s.in == 0 ? data_of<float>(x_) : arena + values_[s.in].at;
+        const float* residual = s.residual < 0    ? nullptr
+                                : s.residual == 0 ? data_of<float>(x_)
+                                                  : arena + values_[s.residual].at;
+        float* out = &s == &steps_.back() ? y : arena + values_[s.out].at;
+        run_step(s, in, residual, out);
+      }
+    });
+  }
+
+ private:
+  static void run_step(const Step& s, const float* in, const float* residual, float* out) {
+    switch (s.kind) {
+      case Kind::direct:
+        return direct_fp32(s.g, {in, s.packed, s.scale, s.shift, residual, out, s.act});
+      case Kind::winograd2:
+      case Kind::winograd4: {
+        WinogradOperands o{in, s.packed, s.weight, {}, s.scale, s.shift, residual, out, s.act};
+        std::copy_n(s.weight_step, 4, o.weight_step);
+        return winograd(s.g, static_cast<int64_t>(s.kind), o);
+      }
+      case Kind::max_pool:
+        return max_pool(s.g, in, out);
+      case Kind::mean:
+        return mean_pool(s.g.batch, s.g.in[1] * s.g.in[2], s.g.channels, in, out);
+    }
+  }
+
+  // The steps of a list come in the order of their results: step i makes value i + 1, from values
+  // made before it.
+  void add(int64_t i, const Record& r, const std::vector<Tensor>& constants) {
+    STD_TORCH_CHECK(r.kind >= Kind::direct && r.kind <= Kind::winograd4, "steps: unknown kind");
+    STD_TORCH_CHECK(r.out == i + 1 && r.in >= 0 && r.in <= i && r.residual >= -1 && r.residual <= i,
+                    "steps: a step reads what the steps before it wrote");
+    const bool convolves = r.kind != Kind::max_pool && r.kind != Kind::mean;
+    STD_TORCH_CHECK(r.act >= 0 && r.act < kActCount, "steps: unknown activation");
+    STD_TORCH_CHECK(convolves || (r.residual < 0 && r.act == 0),
+                    "steps: only a convolution has a residual or an activation");
+    Value& from = values_[r.in];
+    Step s{r.kind, r.in, r.residual, r.out, static_cast<Act>(r.act)};
+    Geometry& g = s.g;
+    g.batch = x_.size(0);
+    g.channels = from.channels;
+    g.filters = convolves ? r.filters : from.channels;
+    g.groups = 1;
+    g.in = {1, from.height, from.width};
+    g.kernel = g.stride = g.dilation = g.out = {1, 1, 1};
+    if (r.kind != Kind::mean) {
+      constexpr int64_t kLimit = int64_t(1) << 31;  // keeps every coordinate far from overflow
+      for (int d = 0; d < 2; ++d) {
+        g.kernel[d + 1] = r.kernel[d];
+        g.stride[d + 1] = r.stride[d];
+        g.padding[d + 1] = r.padding[d];
+        g.dilation[d + 1] = r.dilation[d];
+        STD_TORCH_CHECK(r.kernel[d] > 0 && r.kernel[d] < kLimit && r.stride[d] > 0 &&
+                            r.stride[d] < kLimit && r.padding[d] >= 0 && r.padding[d] < kLimit &&
+                            r.dilation[d] > 0 && r.dilation[d] < kLimit,
+                        "steps: a window out of range");
+        g.out[d + 1] =
+            conv_output_size(g.in[d + 1], r.kernel[d], r.stride[d], r.padding[d], r.dilation[d]);
+        STD_TORCH_CHECK(g.out[d + 1] > 0, "steps: a window larger than the padded input");
+      }
+    }
+    if (r.kind == Kind::max_pool) {
+      STD_TORCH_CHECK(2 * r.padding[0] <= r.kernel[0] && 2 * r.padding[1] <= r.kernel[1],
+                      "steps: a padding of more than half the window");
+    }
+    if (convolves) bind(s, r, constants);
+    from.last = i;
+    values_[r.out] = {g.filters, g.out[1], g.out[2], i, i};
+    if (r.residual >= 0) {
+      Value& added = values_[r.residual];
+      const Value& out = values_[r.out];
+      STD_TORCH_CHECK(
+          added.channels == out.channels && added.height == out.height && added.width == out.width,
+          "steps: expected a residual of the output's shape");
+      added.last = i;
+    }
+    steps_.push_back(s);
+  }
+
+  void bind(Step& s, const Record& r, const std::vector<Tensor>& constants) {
+    const Geometry& g = s.g;
+    STD_TORCH_CHECK(r.filters > 0 && r.constants >= 0 &&
+                        r.constants + 4 <= static_cast<int64_t>(constants.size()),
+                    "steps: constants out of range");
+    const Tensor* const c = constants.data() + r.constants;
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(c[i].is_cpu() && c[i].scalar_type() == ScalarType::Float,
+                      "constants: expected float32 CPU tensors");
+      STD_TORCH_CHECK(i == 1 || c[i].is_contiguous(), "constants: expected dense tensors");
+    }
+    const Tensor& weight = c[1];
+    if (r.kind == Kind::direct) {
+      STD_TORCH_CHECK(c[0].numel() == direct_fp32_packed_size(g.filters, g.depth()),
+                      "constants: expected what _direct_weight returns");
+    } else {
+      const bool plain = g.kernel == std::array<int64_t, 3>{1, 3, 3} && g.taps() == 9 &&
+                         g.stride == g.dilation && g.stride == std::array<int64_t, 3>{1, 1, 1};
+      STD_TORCH_CHECK(plain, "steps: Winograd's algorithm takes 3x3 kernels at stride 1");
+      STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == g.filters &&
+                          weight.size(1) == g.channels && weight.size(2) == 3 &&
+                          weight.size(3) == 3,
+                      "constants: expected a weight of shape [K, C, 3, 3]");
+      STD_TORCH_CHECK(
+          c[0].numel() == winograd_packed_size(g.filters, g.channels, static_cast<int64_t>(r.kind)),
+          "constants: expected what _winograd_weight returns");
+      for (int d = 0; d < 4; ++d) s.weight_step[d] = weight.stride(d);
+      s.weight = data_of<float>(weight);
+    }
+    STD_TORCH_CHECK(c[2].numel() == g.filters && c[3].numel() == g.filters,
+                    "constants: expected a scale and a shift a filter");
+    s.packed = data_of<float>(c[0]);
+    s.scale = data_of<float>(c[2]);
+    s.shift = data_of<float>(c[3]);
+  }
+
+  // Writing over the residual: each value is read, and then written, by one thread, from registers.
+  // Winograd's kernel may come back to a tile, and reads it again.
+  bool may_overwrite(const Step& s, int64_t i) const {
+    return s.kind == Kind::direct && s.residual > 0 && s.residual != s.in &&
+           values_[s.residual].last == i && s.g.filters % 32 == 0 && clamp_of(s.act).is_clamp;
+  }
+
+  // A place for every value but the input and the result: the lowest gap among what lives.
+  void place() {
+    std::vector<const Value*> live;  // by place
+    const int64_t batch = x_.size(0);
+    for (int64_t i = 0; i + 1 < static_cast<int64_t>(steps_.size()); ++i) {
+      const Step& s = steps_[i];
+      Value& out = values_[s.out];
+      out.size = (out.count(batch) + 15) / 16 * 16;
+      std::erase_if(live, [&](const Value* v) { return v->last < i; });
+      if (may_overwrite(s, i)) {
+        const Value& under = values_[s.residual];
+        out.at = under.at;
+        std::replace(live.begin(), live.end(), &under, static_cast<const Value*>(&out));
+        continue;
+      }
+      int64_t at = 0;
+      auto before = live.begin();
+      for (; before != live.end() && at + out.size > (*before)->at; ++before) {
+        at = (*before)->at + (*before)->size;
+      }
+      out.at = at;
+      live.insert(before, &out);
+      arena_size_ = std::max(arena_size_, at + out.size);
+    }
+  }
+
+  Tensor x_;
+  std::vector<Value> values_;
+  std::vector<Step> steps_;
+  int64_t arena_size_ = 0;
+};
+
+Tensor run_sequence(const Tensor& x, const std::vector<Tensor>& constants, IntList steps) {
+  const Sequence sequence(x, constants, steps);
+  const Tensor y = sequence.output();
+  if (y.numel() == 0) return y;
+  const Tensor arena = empty_packed(sequence.arena_size(), x);
+  sequence.run(mutable_data_of<float>(arena), mutable_data_of<float>(y));
+  return y;
+}
+
+int64_t sequence_bytes(const Tensor& x, const std::vector<Tensor>& constants, IntList steps) {
+  return Sequence(x, constants, steps).arena_size() * int64_t(sizeof(float));
+}
+
+}  // namespace
+}  // namespace resnet_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
+  m.impl("_run_sequence", TORCH_BOX(&resnet_fast::cpu::run_sequence));
+  m.impl("_sequence_bytes", TORCH_BOX(&resnet_fast::cpu::sequence_bytes));
+}

@@ -1,0 +1,152 @@
+// How work is shared between torch's threads: layer by layer, or one team for a whole network.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "../stable.h"
+#include "isa.h"
+
+namespace resnet_fast::cpu {
+
+// `total` cut into `parts` pieces that differ by one at most: the first element of piece `i`.
+inline int64_t cut_at(int64_t total, int64_t parts, int64_t i) {
+  return total / parts * i + std::min(i, total % parts);
+}
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Threads that stay together for many layers. One drives; the others help with whatever is being
+// shared. A fork and a join a layer costs microseconds each, and where another process keeps a core
+// busy, a join waits for a thread that has not even begun. Here the driver takes over what a helper
+// has not begun, and waits only for what it is in the middle of.
+class Team {
+ public:
+  // Calls drive() on one of torch's threads, with the others as helpers. drive must not throw.
+  template <typename F>
+  static void run(const F& drive) {
+    const int64_t size = thread_count();
+    Team team(size);
+    parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
+      if (first != 0) return team.help(first);
+      // Torch may run it all in this thread; the helpers then find that it is over.
+      (void)last;
+      Team* const outer = current_;
+      current_ = &team;
+      drive();
+      current_ = outer;
+      team.turn_.store(kOver, std::memory_order_release);
+    });
+  }
+
+  // The team that this thread drives, or null.
+  static Team* current() { return current_; }
+
+  int64_t size() const { return size_; }
+
+  // Calls work(0) here and work(rank) on each helper that comes while it runs. The work itself
+  // says who does what: a helper may not come at all.
+  template <typename F>
+  void share(const F& work) {
+    work_ = [](const void* context, int64_t rank) { (*static_cast<const F*>(context))(rank); };
+    context_ = &work;
+    turn_.store(++turns_, std::memory_order_seq_cst);
+    work(int64_t(0));
+    turn_.store(kClosed, std::memory_order_seq_cst);
+    // A helper counts itself in before it looks whether the turn is still open; one of the two
+    // sides therefore sees the other.
+    while (busy_.load(std::memory_order_seq_cst) != 0) relax();
+  }
+
+ private:
+  static constexpr uint64_t kClosed = 0, kOver = ~uint64_t(0);
+  static constexpr int kSpins = 4096;  // then other processes may have the core
+
+  explicit Team(int64_t size) : size_(size) {}
+
+  void help(int64_t rank) {
+    uint64_t done = kClosed;
+    for (int spins = 0;; ++spins) {
+      const uint64_t turn = turn_.load(std::memory_order_acquire);
+      if (turn == kOver) return;
+      if (turn == kClosed || turn == done) {
+        if (spins < kSpins) {
+          relax();
+        } else {
+          std::this_thread::yield();
+        }
+        continue;
+      }
+      busy_.fetch_add(1, std::memory_order_seq_cst);
+      if (turn_.load(std::memory_order_seq_cst) == turn) {
+        work_(context_, rank);
+        done = turn;
+      }
+      busy_.fetch_sub(1, std::memory_order_release);
+      spins = 0;
+    }
+  }
+
+  static inline thread_local Team* current_ = nullptr;
+
+  const int64_t size_;
+  uint64_t turns_ = 0;
+  void (*work_)(const void*, int64_t) = nullptr;
+  const void* context_ = nullptr;
+  alignas(64) std::atomic<uint64_t> turn_{kClosed};
+  alignas(64) std::atomic<int64_t> busy_{0};
+};
+
+// The threads that parallel_on uses.
+inline int64_t worker_count() {
+  const Team* team = Team::current();
+  return team != nullptr ? team->size() : thread_count();
+}
+
+// Runs f(begin, end) over parts of [0, tasks) on torch's threads, compiled for I. A thread starts
+// on a range of its own, which is where it worked in the layer before, so that what it needs is in
+// its cache. When done it takes over what the others have left: a core that something else keeps
+// busy for a while would otherwise hold up every layer.
+template <Isa I, typename F>
+void parallel_on(int64_t tasks, const F& f) {
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end, step;
+  };
+  const int64_t threads = std::clamp<int64_t>(worker_count(), 1, std::max<int64_t>(tasks, 1));
+  std::vector<Range> ranges(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    const int64_t begin = cut_at(tasks, threads, t), end = cut_at(tasks, threads, t + 1);
+    ranges[t].next = begin;
+    ranges[t].end = end;
+    ranges[t].step = std::max<int64_t>(1, (end - begin) / 8);
+  }
+  const auto work = [&](int64_t rank) {
+    run_on_isa([&](auto same) RF_INLINE {
+      if constexpr (decltype(same)::value == I) {
+        for (int64_t t = rank; t < rank + threads; ++t) {
+          Range& range = ranges[t % threads];
+          for (;;) {
+            const int64_t begin = range.next.fetch_add(range.step, std::memory_order_relaxed);
+            if (begin >= range.end) break;
+            f(begin, std::min(range.end, begin + range.step));
+          }
+        }
+      }
+    });
+  };
+  if (Team* team = Team::current()) return team->share(work);
+  parallel_for(0, threads, 1, [&](int64_t first, int64_t) { work(first); });
+}
+
+}  // namespace resnet_fast::cpu

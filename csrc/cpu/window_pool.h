@@ -1,0 +1,16 @@
+// Max pooling over windows and the mean over an image, channels-last fp32: what a residual network
+// has between its convolutions.
+#pragma once
+
+#include "gather.h"
+
+namespace resnet_fast::cpu {
+
+// y = the largest value of each window, as torch's max_pool2d: padding never wins, NaN always does.
+// `g` gives batch, channels, in, kernel, out, stride, padding and dilation.
+void max_pool(const Geometry& g, const float* x, float* y);
+
+// y[n][c] = the mean of x[n][pixel][c] over all pixels.
+void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, float* y);
+
+}  // namespace resnet_fast::cpu

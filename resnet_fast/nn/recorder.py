@@ -1,0 +1,161 @@
+"""What one forward of a network computed, written down as steps of a sequence.
+
+While a :class:`Recorder` is active in a thread, the sites and the few other layers that a sequence
+knows enter their calls. Values are told apart by identity, so what anything else made of a value
+between two layers is a value that the recorder does not know, and the record is refused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast.nn.prepared import Prepared, Source, sources_of
+from resnet_fast.ops import conv_bn_act_direct
+from resnet_fast.ops._pack import Layer
+from resnet_fast.ops.activation import ACTIVATIONS
+
+# As csrc/cpu/sequence.cpp numbers them.
+KINDS = {"direct": 0, "max_pool": 1, "winograd2": 2, "mean": 3, "winograd4": 4}
+
+#: Integers in a step.
+STEP_FIELDS = 15
+
+_NO_WINDOW = (1, 1, 1, 1, 0, 0, 1, 1)
+_active = threading.local()
+
+
+def active() -> Recorder | None:
+    """The recorder of this thread, if one is active."""
+    return getattr(_active, "recorder", None)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+class Recorder:
+    """The record of one forward that starts from ``x``.
+
+    Attributes:
+        steps: integers, 15 a step, as csrc/cpu/sequence.cpp reads them.
+        constants: packed weight, weight, scale and shift of each convolution.
+        sites: the prepared calls of the sites, in order.
+        sources: what the constants were derived from, as :func:`sources_of` lists it.
+        settings: modules, the attributes that a step was made from, and their values then.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.steps: list[int] = []
+        self.constants: list[Tensor] = []
+        self.sites: list[Prepared] = []
+        self.sources: list[Source] = []
+        self.settings: list[tuple[nn.Module, tuple[str, ...], tuple[Any, ...]]] = []
+        self._values = {id(x): 0}
+        self._kept = [x]  # alive, so that no other tensor takes their identity
+
+    @contextmanager
+    def __call__(self) -> Iterator[Recorder]:
+        before, _active.recorder = active(), self
+        try:
+            yield self
+        finally:
+            _active.recorder = before
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` is the last step's result."""
+        return len(self._kept) > 1 and self._kept[-1] is value
+
+    def site(
+        self, prepared: Prepared, act: str, x: Tensor, residual: Tensor | None, y: Tensor
+    ) -> None:
+        """Enter a convolution site's call."""
+        layer = getattr(prepared.call, "layer", None)
+        conv = prepared.conv
+        if layer is None or layer.weight.dim() != 4:
+            return  # the result stays unknown
+        window = (*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation)
+        if self._enter(layer.kind, x, residual, y, self._fields(layer, act, window)):
+            self.sites.append(prepared)
+            self.sources += prepared.sources
+            self.constants += layer.constants()
+
+    def max_pool(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Enter the call of a plain ``torch.nn.MaxPool2d``."""
+        if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices:
+            return
+        attributes = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        sizes = self._set(module, attributes)[:4]
+        window = [n for size in sizes for n in _pair(size)]
+        self._enter("max_pool", x, None, y, (-1, 0, 0, *window))
+
+    def head(self, pool: nn.Module, linear: nn.Module, x: Tensor) -> bool:
+        """Enter the mean over an image and the linear layer that follows: both, or neither.
+
+        :meth:`result` names their result.
+        """
+        if (
+            id(x) not in self._values
+            or type(pool) is not nn.AdaptiveAvgPool2d
+            or pool.output_size not in (1, (1, 1))
+            or type(linear) is not nn.Linear
+            or linear.weight.dtype is not torch.float32
+            or linear.weight.shape[1] != x.shape[1]
+            or not conv_bn_act_direct.available(torch.float32)
+        ):
+            return False
+        used = (linear.weight, linear.bias)
+        places = [(linear._parameters, "weight"), (linear._parameters, "bias")]
+        if any(where.get(name) is not t for (where, name), t in zip(places, used, strict=True)):
+            return False  # computed at each look
+        if any(t is not None and t.is_inference() for t in used):
+            return False
+        sources = sources_of(places, used)
+        # A linear layer is a 1x1 convolution of one pixel.
+        call = conv_bn_act_direct.prepare(
+            x,
+            linear.weight.detach()[:, :, None, None],
+            None if linear.bias is None else linear.bias.detach(),
+            *(None, None, None, None, 0.0),
+            *([1, 1], [0, 0], [1, 1], 1, "none"),
+        )
+        layer = getattr(call, "layer", None)
+        if layer is None:
+            return False
+        self._set(pool, ("output_size",))
+        pooled = x.new_empty(0)
+        self._enter("mean", x, None, pooled, (-1, 0, 0, *_NO_WINDOW))
+        self._enter("direct", pooled, None, x.new_empty(0), self._fields(layer, "none", _NO_WINDOW))
+        self.sources += sources
+        self.constants += layer.constants()
+        return True
+
+    def result(self, y: Tensor) -> None:
+        """Name the last step's result."""
+        self._values[id(y)] = len(self._kept) - 1
+        self._kept[-1] = y
+
+    def _set(self, module: nn.Module, attributes: tuple[str, ...]) -> tuple[Any, ...]:
+        values = tuple(getattr(module, name) for name in attributes)
+        self.settings.append((module, attributes, values))
+        return values
+
+    def _fields(self, layer: Layer, act: str, window: tuple[int, ...]) -> tuple[int, ...]:
+        return (len(self.constants), ACTIVATIONS.index(act), layer.weight.shape[0], *window)
+
+    def _enter(
+        self, kind: str, x: Tensor, residual: Tensor | None, y: Tensor, fields: tuple[int, ...]
+    ) -> bool:
+        read = self._values.get(id(x))
+        added = -1 if residual is None else self._values.get(id(residual))
+        if read is None or added is None or id(y) in self._values:
+            return False
+        self.steps += [KINDS[kind], read, added, len(self._kept), *fields]
+        self._values[id(y)] = len(self._kept)
+        self._kept.append(y)
+        return True

@@ -1,0 +1,324 @@
+"""A whole network as one native call, once every layer of it has been decided and verified.
+
+Between two layers the interpreter looks at modules, parameters and shapes, an allocation is made
+and threads are forked and joined: a few percent of a ResNet-50's time at one image, a quarter of a
+ResNet-18's. The layers of a network that are all kernels of this package's are therefore written
+down once (:mod:`resnet_fast.nn.recorder`) and run by csrc/cpu/sequence.cpp, activations in one
+arena. The modules stay what they were: at each call they are compared with what was recorded, and
+where anything differs the network runs layer by layer, and is recorded again.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as _nn_module
+
+from resnet_fast.nn import recorder as _recorder
+from resnet_fast.nn.prepared import are_current, batch_class, hooks_of, is_transforming, keep
+from resnet_fast.nn.recorder import STEP_FIELDS, Recorder
+from resnet_fast.nn.site import FusedSite
+from resnet_fast.ops import _pack
+from resnet_fast.plan import binding as _binding
+from resnet_fast.testing.budget import within_budget
+
+# Modules whose forward is what the recorder saw: those of torch, and those that say so.
+_PLAIN: set[type] = {
+    nn.AdaptiveAvgPool2d,
+    nn.BatchNorm2d,
+    nn.Conv2d,
+    nn.Identity,
+    nn.Linear,
+    nn.MaxPool2d,
+    nn.ReLU,
+    nn.Sequential,
+    FusedSite,
+}
+_BODIES = ("forward", "__call__", "_trunk", "_head", "_conv_forward")
+_GLOBAL_HOOKS = (
+    _nn_module._global_forward_hooks,
+    _nn_module._global_forward_pre_hooks,
+    _nn_module._global_backward_hooks,
+    _nn_module._global_backward_pre_hooks,
+)
+# After so many forwards that could not be recorded, the next ones are tried ever more rarely.
+_PATIENCE = 4
+
+
+def plain(kind: type) -> type:
+    """Class decorator: the forward of ``kind`` is its layers' calls and nothing else."""
+    _PLAIN.add(kind)
+    return kind
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether ``kind`` is a plain module, or adds nothing that runs to one."""
+    for base in kind.__mro__:
+        if base in _PLAIN:
+            return True
+        if any(name in vars(base) for name in _BODIES):
+            return False
+    return False
+
+
+def max_pool(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, entered in the record where there is one."""
+    y = module(x)
+    recorder = _recorder.active()
+    if recorder is not None and y is not x:
+        recorder.max_pool(module, x, y)
+    return y
+
+
+class _Structure:
+    """Modules with all that is below them as they were, to be compared again.
+
+    Of what is ``without``, and of what is below it, only the place counts.
+    """
+
+    def __init__(self, roots: tuple[nn.Module, ...], without: tuple[nn.Module, ...] = ()) -> None:
+        self.roots = roots
+        outside = {m for module in without for m in module.modules()}
+        self.modules = tuple(m for root in roots for m in root.modules() if m not in outside)
+        self.types = tuple(map(type, self.modules))
+        self.dicts = tuple(m.__dict__ for m in self.modules)
+        self.hooks = tuple(hooks for m in self.modules for hooks in hooks_of(m))
+        self.children = tuple((m._modules, list(m._modules.items())) for m in self.modules)
+        self.children = tuple((d, items) for d, items in self.children if items)
+
+    def is_plain(self) -> bool:
+        return all(map(_is_plain, self.types)) and self.holds()
+
+    def holds(self) -> bool:
+        if any(self.hooks) or tuple(map(type, self.modules)) != self.types:
+            return False
+        for attributes in self.dicts:
+            if "forward" in attributes or "_conv_forward" in attributes:
+                return False
+        return all(list(d.items()) == items for d, items in self.children)
+
+
+class Sequence:
+    """Recorded layers, for inputs of one size.
+
+    Args:
+        roots: the modules that were recorded.
+        record: what they computed.
+        whole: whether the last step is a head's, and gives N rows of logits.
+        without: modules below ``roots`` that the record ends before.
+    """
+
+    def __init__(
+        self,
+        roots: tuple[nn.Module, ...],
+        record: Recorder,
+        whole: bool,
+        without: tuple[nn.Module, ...] = (),
+    ) -> None:
+        self.whole = whole
+        self.structure = _Structure(roots, without)
+        self.generation = _binding.generation()
+        self.epoch = _pack.epoch()
+        self.constants, self.steps = record.constants, record.steps
+        self.sources, self.settings = tuple(record.sources), tuple(record.settings)
+        self.convs = tuple((p.conv, p.geometry) for p in record.sites)
+        self.norms = tuple((p.bn, p.eps) for p in record.sites if p.bn is not None)
+        self.modal = tuple(p.bn.__dict__ for p in record.sites if p.modal)
+        self.watch = _pack.watch([source[2] for source in self.sources])
+        self._run = torch.ops.resnet_fast._run_sequence.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._run(x.contiguous(memory_format=torch.channels_last), self.constants, self.steps)
+        return y.flatten(1) if self.whole else y
+
+    def describe(self, shape: tuple[int, ...]) -> str:
+        """One line for ``explain()``; ``shape`` is an image's."""
+        x = torch.empty(1, *shape, memory_format=torch.channels_last)
+        held = torch.ops.resnet_fast._sequence_bytes(x, self.constants, self.steps)
+        count = len(self.steps) // STEP_FIELDS
+        size = "x".join(map(str, shape))
+        return f"{count} layers run as one native call at {size}, {held / 1e6:.1f} MB an image"
+
+    def holds(self) -> bool:
+        """Whether a call is what running layer by layer would come to."""
+        if self.generation != _binding.generation() or self.epoch != _pack.epoch():
+            return False
+        for norm in self.modal:
+            if norm["training"]:
+                return False
+        for conv, geometry in self.convs:
+            if geometry != (
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+                conv.padding_mode,
+            ):
+                return False
+        for bn, eps in self.norms:
+            if bn.eps != eps:
+                return False
+        for module, names, values in self.settings:
+            if tuple(getattr(module, name) for name in names) != values:
+                return False
+        # Last: it reads the memory, which the tests before it have shown to be there.
+        return (
+            self.structure.holds()
+            and are_current(self.sources)
+            and (self.watch is None or self.watch.unchanged())
+        )
+
+
+def _may_run(x: Any) -> bool:
+    """Whether the one native call would be all that a forward of ``x`` does."""
+    return (
+        type(x) is Tensor
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.shape[0] > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_transforming()
+        and _binding.tuning() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.jit.is_tracing()
+        and not torch.onnx.is_in_onnx_export()
+        and not any(_GLOBAL_HOOKS)
+    )
+
+
+class Sequences:
+    """The sequences of one network, by input size. Copies and pickles of it start empty."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Sequence] = {}
+        self._heads: dict[Any, tuple[Any, Sequence | None]] = {}
+        self._failures: dict[Any, int] = {}
+
+    def __reduce__(self) -> tuple[type[Sequences], tuple[()]]:
+        return Sequences, ()
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], Sequence]]:
+        """Image shape and sequence of each that holds."""
+        known = list(self._known.items())
+        return iter([(tuple(key[1]), found) for key, found in known if found.holds()])
+
+    def forward(self, network: Any, x: Tensor) -> Tensor:
+        """``network`` of ``x``: by a sequence where one holds, else layer by layer."""
+        key = (batch_class(x), x.shape[1:])
+        found = self._known.get(key)
+        if found is not None:
+            if found.structure.roots == (network,) and found.holds():
+                y = found(x)
+                return y if found.whole else network._head(y)
+            self._known.pop(key, None)
+        failures = self._failures.get(key, 0)
+        if failures >= _PATIENCE and failures & (failures - 1):
+            keep(self._failures, key, failures + 1)
+            return network._head(network._trunk(x))
+        # Sites convert their input once for the whole network; done here, it is the same tensor.
+        x = x.contiguous(memory_format=torch.channels_last)
+        recorder = Recorder(x)
+        with recorder():
+            trunk = network._trunk(x)
+            recorded = recorder.holds(trunk)
+            y = network._head(trunk)
+        built = None
+        if recorded:
+            whole = recorder.holds(y)
+            without = () if whole else (network.avgpool, network.fc)
+            built = self._build((network,), recorder, whole, without)
+            if built is not None and not _same(built(x), y if whole else trunk):
+                built = None
+        if built is None:
+            keep(self._failures, key, failures + 1)
+        else:
+            keep(self._known, key, built)
+            self._failures.pop(key, None)
+        return y
+
+    def head(self, pool: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+        """``linear(flatten(pool(x)))``, by a sequence of two steps where that is verified.
+
+        The same steps end a network's sequence, so that its result does not depend, to the last
+        bit, on whether it ran layer by layer.
+        """
+        roots, key = (pool, linear), (batch_class(x), x.shape[1:])
+        known = self._heads.get(key)
+        if known is None or known[0] != roots or not (known[1] is None or known[1].holds()):
+            known = roots, self._verified_head(pool, linear, x)
+            keep(self._heads, key, known)
+        found = known[1]
+        if found is None:
+            return linear(torch.flatten(pool(x), 1))
+        y = found(x)
+        recorder = _recorder.active()
+        if recorder is not None and recorder.head(pool, linear, x):
+            recorder.result(y)
+        return y
+
+    @classmethod
+    def _verified_head(cls, pool: Any, linear: Any, x: Tensor) -> Sequence | None:
+        recorder = Recorder(x)
+        if not recorder.head(pool, linear, x):
+            return None
+        built = cls._build((pool, linear), recorder, True)
+        if built is None:
+            return None
+        generator = torch.Generator().manual_seed(zlib.crc32(repr(x.shape[1:]).encode()))
+        images = torch.randn(min(2, x.shape[0]), *x.shape[1:], generator=generator)
+        bias = None if linear.bias is None else linear.bias.double()
+        truth = F.linear(images.double().mean((2, 3)), linear.weight.double(), bias)
+        given = linear(torch.flatten(pool(images), 1))
+        return built if within_budget(built(images), given, truth).ok else None
+
+    @staticmethod
+    def _build(
+        roots: tuple[nn.Module, ...],
+        record: Recorder,
+        whole: bool,
+        without: tuple[nn.Module, ...] = (),
+    ) -> Sequence | None:
+        with torch.inference_mode(False), torch.no_grad():
+            built = Sequence(roots, record, whole, without)
+        return built if built.structure.is_plain() and built.holds() else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether every bit is the same."""
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+class Sequenced(nn.Module):
+    """A network of two parts, ``_trunk`` and ``_head``, that runs as a sequence where it can.
+
+    Attributes:
+        sequences: those of this network; None where it is to run layer by layer, by torch's own
+            head.
+    """
+
+    avgpool: nn.Module
+    fc: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequences: Sequences | None = Sequences()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or self.sequences is None or not _may_run(x):
+            return self._head(self._trunk(x))
+        return self.sequences.forward(self, x)
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _head(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or self.sequences is None or not _may_run(x):
+            return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.sequences.head(self.avgpool, self.fc, x)
