@@ -11,8 +11,9 @@ from torch import nn
 from resnet_fast.errors import ArgumentError
 from resnet_fast.fuse.capture import STATE, conv_paths, is_site
 from resnet_fast.fuse.match import REASONS
+from resnet_fast.fuse.prefix import Prefix
 from resnet_fast.fuse.program import Program, SiteTarget, site_refusal
-from resnet_fast.nn.sequence import Sequenced
+from resnet_fast.nn.sequence import Sequenced, Sequences
 from resnet_fast.plan import REASONS as PLAN_REASONS
 from resnet_fast.plan import model_rows
 
@@ -147,12 +148,14 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _calls(model: nn.Module) -> list[str]:
-    return [
-        sequence.describe(shape)
-        for module in model.modules()
-        if isinstance(module, Sequenced) and module.sequences is not None
-        for shape, sequence in module.sequences
-    ]
+    found: list[Sequences | Prefix] = []
+    for module in model.modules():
+        if isinstance(module, Sequenced) and module.sequences is not None:
+            found.append(module.sequences)
+        state = module.__dict__.get(STATE)
+        if state is not None:
+            found += [program.prefix for program in dict.fromkeys(state.programs.values())]
+    return [sequence.describe(shape) for known in found for shape, sequence in known]
 
 
 def _plain(model: nn.Module) -> Explanation:

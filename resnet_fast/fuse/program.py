@@ -27,6 +27,8 @@ from resnet_fast.fuse.capture import (
     is_hooked,
 )
 from resnet_fast.fuse.match import Match, is_inplace_function, module_activation, norm_refusal
+from resnet_fast.fuse.prefix import Prefix
+from resnet_fast.nn.recorder import Recorder
 from resnet_fast.ops import activation
 
 # Calls whose result does not depend on how their input lies in memory: everything else is handed
@@ -162,6 +164,9 @@ class Program:
         self.size = 0
         self.result = 0
         self._lower(root, captured.graph, matches, child)
+        #: Counts of first steps of whose values the later ones use the last alone.
+        self.cuts = _cuts(self.steps, len(self.signature.dynamic))
+        self.prefix = Prefix()
 
     def __getstate__(self) -> dict[str, Any]:
         # Some of torch's functions are closures, and pickle only by the name they are known by.
@@ -332,9 +337,53 @@ class Program:
         modules, refusal = self._enter(root)
         if refusal is not None:
             return False, None
-        contiguous = all(value.is_contiguous() for value in inputs if isinstance(value, Tensor))
         slots: list[Any] = [*inputs, *([None] * (self.size - len(inputs)))]
-        for kind, out, target, args, kwargs, free in self.steps:
+        layout = all(value.is_contiguous() for value in inputs if isinstance(value, Tensor))
+        recorder = None
+        if self.cuts and self.observe is None:
+            taken = self.prefix.run(inputs)
+            if taken is not None:
+                count, slots[self.steps[count - 1].out] = taken
+                self._run_steps(self.steps[count:], modules, slots, layout)
+                return True, slots[self.result]
+            recorder = self.prefix.recorder(inputs)
+        if recorder is None:
+            self._run_steps(self.steps, modules, slots, layout)
+        else:
+            self._record(recorder, modules, slots, layout)
+        return True, slots[self.result]
+
+    def _record(
+        self, recorder: Recorder, modules: list[nn.Module], slots: list[Any], layout: bool
+    ) -> None:
+        """Run all steps, and keep as many of the first ones as a sequence can stand for."""
+        slots[0] = recorder.x
+        count = 0
+        with recorder():
+            for step in self.steps[: self.cuts[-1]]:
+                read = [slots[ref.slot] for ref in step.args if isinstance(ref, Ref)]
+                self._run_steps([step], modules, slots, layout)
+                if step.kind == "module" and len(read) == len(step.args) == 1 and not step.kwargs:
+                    module = modules[step.target.container]._modules[step.target.name]
+                    recorder.max_pool(module, read[0], slots[step.out])
+                if len(recorder) != count + 1 or not recorder.holds(slots[step.out]):
+                    break
+                count += 1
+        ran = count if count == self.cuts[-1] else count + 1
+        self._run_steps(self.steps[ran:], modules, slots, layout)
+        count = max((cut for cut in self.cuts if cut <= count), default=0)
+        if count:
+            called: list[Any] = [
+                modules[leaf.container]._modules[leaf.name]
+                for step in self.steps[:count]
+                for leaf in _leaves(step)
+            ]
+            self.prefix.keep(recorder, count, called, modules)
+
+    def _run_steps(
+        self, steps: list[Step], modules: list[nn.Module], slots: list[Any], contiguous: bool
+    ) -> None:
+        for kind, out, target, args, kwargs, free in steps:
             if kind == "site":
                 residual = args[1]
                 value = self._site(
@@ -362,7 +411,6 @@ class Program:
             slots[out] = value
             for index in free:
                 slots[index] = None
-        return True, slots[self.result]
 
     def _site(self, target: SiteTarget, modules: list[nn.Module], x: Any, residual: Any) -> Any:
         conv = _lookup(modules, target.conv)
@@ -454,6 +502,43 @@ def _load(arg: Any, slots: list[Any]) -> Any:
     if isinstance(arg, tuple):
         return kind(*[_load(item, slots) for item in arg])
     return arg
+
+
+def _leaves(step: Step) -> list[Leaf]:
+    """The modules that a step looks up."""
+    if step.kind == "site":
+        found = (step.target.conv, step.target.bn, step.target.act_module)
+        return [leaf for leaf in found if leaf is not None]
+    return [step.target] if step.kind == "module" else []
+
+
+def _cuts(steps: list[Step], inputs: int) -> list[int]:
+    if inputs != 1:
+        return []
+    reads: list[set[int]] = []
+    for step in steps:
+        found: set[int] = set()
+        _slots((step.args, step.kwargs), found)
+        reads.append(found)
+    cuts = []
+    later: set[int] = set()  # what the steps from here on read of those before
+    for count in range(len(steps) - 1, 0, -1):
+        later = (later - {steps[count].out}) | reads[count]
+        if later == {steps[count - 1].out}:
+            cuts.append(count)
+    return cuts[::-1]
+
+
+def _slots(arg: Any, found: set[int]) -> None:
+    if isinstance(arg, Ref):
+        found.add(arg.slot)
+    elif isinstance(arg, (tuple, list)):
+        for item in arg:
+            _slots(item, found)
+    elif isinstance(arg, dict):
+        _slots(list(arg.values()), found)
+    elif isinstance(arg, slice):
+        _slots([arg.start, arg.stop, arg.step], found)
 
 
 def _to_name(target: Any) -> Any:

@@ -57,6 +57,7 @@ class Recorder:
         self.sources: list[Source] = []
         self.settings: list[tuple[nn.Module, tuple[str, ...], tuple[Any, ...]]] = []
         self._values = {id(x): 0}
+        self._marks = [(0, 0, 0, 0)]  # lengths of the lists above after each step
         self._kept = [x]  # alive, so that no other tensor takes their identity
 
     @contextmanager
@@ -67,9 +68,26 @@ class Recorder:
         finally:
             _active.recorder = before
 
+    def __len__(self) -> int:
+        """How many steps there are."""
+        return len(self.steps) // STEP_FIELDS
+
+    @property
+    def x(self) -> Tensor:
+        """What the forward starts from."""
+        return self._kept[0]
+
     def holds(self, value: Any) -> bool:
         """Whether ``value`` is the last step's result."""
         return len(self._kept) > 1 and self._kept[-1] is value
+
+    def cut(self, count: int) -> Tensor:
+        """Forget all steps but the first ``count``; returns the last one's result."""
+        constants, sites, sources, settings = self._marks[count]
+        del self.steps[count * STEP_FIELDS :], self._kept[count + 1 :], self._marks[count + 1 :]
+        del self.constants[constants:], self.sites[sites:]
+        del self.sources[sources:], self.settings[settings:]
+        return self._kept[-1]
 
     def site(
         self, prepared: Prepared, act: str, x: Tensor, residual: Tensor | None, y: Tensor
@@ -84,6 +102,7 @@ class Recorder:
             self.sites.append(prepared)
             self.sources += prepared.sources
             self.constants += layer.constants()
+            self._mark()
 
     def max_pool(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
         """Enter the call of a plain ``torch.nn.MaxPool2d``."""
@@ -92,7 +111,8 @@ class Recorder:
         attributes = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         sizes = self._set(module, attributes)[:4]
         window = [n for size in sizes for n in _pair(size)]
-        self._enter("max_pool", x, None, y, (-1, 0, 0, *window))
+        if self._enter("max_pool", x, None, y, (-1, 0, 0, *window)):
+            self._mark()
 
     def head(self, pool: nn.Module, linear: nn.Module, x: Tensor) -> bool:
         """Enter the mean over an image and the linear layer that follows: both, or neither.
@@ -130,15 +150,22 @@ class Recorder:
         self._set(pool, ("output_size",))
         pooled = x.new_empty(0)
         self._enter("mean", x, None, pooled, (-1, 0, 0, *_NO_WINDOW))
+        self._mark()
         self._enter("direct", pooled, None, x.new_empty(0), self._fields(layer, "none", _NO_WINDOW))
         self.sources += sources
         self.constants += layer.constants()
+        self._mark()
         return True
 
     def result(self, y: Tensor) -> None:
         """Name the last step's result."""
         self._values[id(y)] = len(self._kept) - 1
         self._kept[-1] = y
+
+    def _mark(self) -> None:
+        lists: tuple[list[Any], ...] = (self.constants, self.sites, self.sources, self.settings)
+        constants, sites, sources, settings = map(len, lists)
+        self._marks.append((constants, sites, sources, settings))
 
     def _set(self, module: nn.Module, attributes: tuple[str, ...]) -> tuple[Any, ...]:
         values = tuple(getattr(module, name) for name in attributes)

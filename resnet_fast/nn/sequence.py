@@ -11,7 +11,7 @@ where anything differs the network runs layer by layer, and is recorded again.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,8 +46,6 @@ _GLOBAL_HOOKS = (
     _nn_module._global_backward_hooks,
     _nn_module._global_backward_pre_hooks,
 )
-# After so many forwards that could not be recorded, the next ones are tried ever more rarely.
-_PATIENCE = 4
 
 
 def plain(kind: type) -> type:
@@ -75,26 +73,34 @@ def max_pool(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-class _Structure:
-    """Modules with all that is below them as they were, to be compared again.
+class Structure:
+    """Modules as they were, to be compared again.
 
-    Of what is ``without``, and of what is below it, only the place counts.
+    Args:
+        modules: those whose forward was recorded: none may be hooked, patched or replaced.
+        parents: those whose children have to stay.
     """
 
-    def __init__(self, roots: tuple[nn.Module, ...], without: tuple[nn.Module, ...] = ()) -> None:
-        self.roots = roots
-        outside = {m for module in without for m in module.modules()}
-        self.modules = tuple(m for root in roots for m in root.modules() if m not in outside)
+    def __init__(self, modules: Iterable[nn.Module], parents: Iterable[nn.Module]) -> None:
+        self.modules = tuple(modules)
         self.types = tuple(map(type, self.modules))
         self.dicts = tuple(m.__dict__ for m in self.modules)
         self.hooks = tuple(hooks for m in self.modules for hooks in hooks_of(m))
-        self.children = tuple((m._modules, list(m._modules.items())) for m in self.modules)
-        self.children = tuple((d, items) for d, items in self.children if items)
+        self.children = tuple((m._modules, list(m._modules.items())) for m in parents if m._modules)
+
+    @classmethod
+    def below(cls, *roots: nn.Module, without: tuple[nn.Module, ...] = ()) -> Structure:
+        """``roots`` and what is below them; of ``without``, only the place counts."""
+        outside = {m for module in without for m in module.modules()}
+        inside = [m for root in roots for m in root.modules() if m not in outside]
+        return cls(inside, inside)
 
     def is_plain(self) -> bool:
-        return all(map(_is_plain, self.types)) and self.holds()
+        """Whether the modules do nothing but what a record shows."""
+        return all(map(_is_plain, self.types))
 
     def holds(self) -> bool:
+        """Whether all is as it was."""
         if any(self.hooks) or tuple(map(type, self.modules)) != self.types:
             return False
         for attributes in self.dicts:
@@ -107,21 +113,13 @@ class Sequence:
     """Recorded layers, for inputs of one size.
 
     Args:
-        roots: the modules that were recorded.
+        structure: the modules that were recorded.
         record: what they computed.
         whole: whether the last step is a head's, and gives N rows of logits.
-        without: modules below ``roots`` that the record ends before.
     """
 
-    def __init__(
-        self,
-        roots: tuple[nn.Module, ...],
-        record: Recorder,
-        whole: bool,
-        without: tuple[nn.Module, ...] = (),
-    ) -> None:
-        self.whole = whole
-        self.structure = _Structure(roots, without)
+    def __init__(self, structure: Structure, record: Recorder, whole: bool) -> None:
+        self.structure, self.whole = structure, whole
         self.generation = _binding.generation()
         self.epoch = _pack.epoch()
         self.constants, self.steps = record.constants, record.steps
@@ -174,7 +172,7 @@ class Sequence:
         )
 
 
-def _may_run(x: Any) -> bool:
+def may_run(x: Any) -> bool:
     """Whether the one native call would be all that a forward of ``x`` does."""
     return (
         type(x) is Tensor
@@ -193,13 +191,32 @@ def _may_run(x: Any) -> bool:
     )
 
 
+class Attempts:
+    """When to record: the first few forwards of a kind, then ever more rarely, until it works."""
+
+    _PATIENCE = 4
+
+    def __init__(self) -> None:
+        self._made: dict[Any, int] = {}
+
+    def due(self, key: Any) -> bool:
+        """Count a forward; whether to record it."""
+        made = self._made.get(key, 0)
+        keep(self._made, key, made + 1)
+        return made < self._PATIENCE or not made & (made - 1)
+
+    def succeeded(self, key: Any) -> None:
+        """Forget the forwards that could not be recorded."""
+        self._made.pop(key, None)
+
+
 class Sequences:
     """The sequences of one network, by input size. Copies and pickles of it start empty."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Sequence] = {}
         self._heads: dict[Any, tuple[Any, Sequence | None]] = {}
-        self._failures: dict[Any, int] = {}
+        self._attempts = Attempts()
 
     def __reduce__(self) -> tuple[type[Sequences], tuple[()]]:
         return Sequences, ()
@@ -214,13 +231,11 @@ class Sequences:
         key = (batch_class(x), x.shape[1:])
         found = self._known.get(key)
         if found is not None:
-            if found.structure.roots == (network,) and found.holds():
+            if found.structure.modules[:1] == (network,) and found.holds():
                 y = found(x)
                 return y if found.whole else network._head(y)
             self._known.pop(key, None)
-        failures = self._failures.get(key, 0)
-        if failures >= _PATIENCE and failures & (failures - 1):
-            keep(self._failures, key, failures + 1)
+        if not self._attempts.due(key):
             return network._head(network._trunk(x))
         # Sites convert their input once for the whole network; done here, it is the same tensor.
         x = x.contiguous(memory_format=torch.channels_last)
@@ -233,17 +248,15 @@ class Sequences:
         if recorded:
             whole = recorder.holds(y)
             without = () if whole else (network.avgpool, network.fc)
-            built = self._build((network,), recorder, whole, without)
-            if built is not None and not _same(built(x), y if whole else trunk):
+            built = build(Structure.below(network, without=without), recorder, whole)
+            if built is not None and not same_bits(built(x), y if whole else trunk):
                 built = None
-        if built is None:
-            keep(self._failures, key, failures + 1)
-        else:
+        if built is not None:
             keep(self._known, key, built)
-            self._failures.pop(key, None)
+            self._attempts.succeeded(key)
         return y
 
-    def head(self, pool: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    def head(self, pool: Any, linear: Any, x: Tensor) -> Tensor:
         """``linear(flatten(pool(x)))``, by a sequence of two steps where that is verified.
 
         The same steps end a network's sequence, so that its result does not depend, to the last
@@ -263,12 +276,12 @@ class Sequences:
             recorder.result(y)
         return y
 
-    @classmethod
-    def _verified_head(cls, pool: Any, linear: Any, x: Tensor) -> Sequence | None:
+    @staticmethod
+    def _verified_head(pool: Any, linear: Any, x: Tensor) -> Sequence | None:
         recorder = Recorder(x)
         if not recorder.head(pool, linear, x):
             return None
-        built = cls._build((pool, linear), recorder, True)
+        built = build(Structure.below(pool, linear), recorder, True)
         if built is None:
             return None
         generator = torch.Generator().manual_seed(zlib.crc32(repr(x.shape[1:]).encode()))
@@ -278,19 +291,17 @@ class Sequences:
         given = linear(torch.flatten(pool(images), 1))
         return built if within_budget(built(images), given, truth).ok else None
 
-    @staticmethod
-    def _build(
-        roots: tuple[nn.Module, ...],
-        record: Recorder,
-        whole: bool,
-        without: tuple[nn.Module, ...] = (),
-    ) -> Sequence | None:
-        with torch.inference_mode(False), torch.no_grad():
-            built = Sequence(roots, record, whole, without)
-        return built if built.structure.is_plain() and built.holds() else None
+
+def build(structure: Structure, record: Recorder, whole: bool) -> Sequence | None:
+    """The sequence of a record, or None where more might have run than was recorded."""
+    if not structure.is_plain():
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        built = Sequence(structure, record, whole)
+    return built if built.holds() else None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether every bit is the same."""
     return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
@@ -311,7 +322,7 @@ class Sequenced(nn.Module):
         self.sequences: Sequences | None = Sequences()
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or self.sequences is None or not _may_run(x):
+        if torch.compiler.is_compiling() or self.sequences is None or not may_run(x):
             return self._head(self._trunk(x))
         return self.sequences.forward(self, x)
 
@@ -319,6 +330,6 @@ class Sequenced(nn.Module):
         raise NotImplementedError
 
     def _head(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or self.sequences is None or not _may_run(x):
+        if torch.compiler.is_compiling() or self.sequences is None or not may_run(x):
             return self.fc(torch.flatten(self.avgpool(x), 1))
         return self.sequences.head(self.avgpool, self.fc, x)

@@ -1,0 +1,202 @@
+"""The first steps of an accelerated model as one native call."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast.fuse.capture import STATE
+from resnet_fast.fuse.program import Program
+from resnet_fast.ops import _checks
+from resnet_fast.testing.networks import randomize_batchnorm_
+
+torchvision = pytest.importorskip("torchvision")
+pytestmark = pytest.mark.skipif(
+    not _checks.has_op("_run_sequence"), reason="the CPU op library is not loaded"
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def model(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return randomize_batchnorm_(torchvision.models.resnet18(num_classes=10), seed).eval()
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def program_of(module: nn.Module) -> Program:
+    return module.__dict__[STATE].programs[False]
+
+
+def by_step(net: nn.Module, x: Tensor) -> Tensor:
+    """``net`` of ``x`` with every step run for itself."""
+    program = program_of(net)
+    cuts, program.cuts = program.cuts, []
+    try:
+        return net(x)
+    finally:
+        program.cuts = cuts
+
+
+def ready(net: nn.Module, x: Tensor) -> Any:
+    for _ in range(3):
+        net(x)
+    found = [sequence for _, sequence in program_of(net).prefix]
+    assert found, "no sequence was made"
+    return found[-1]
+
+
+def test_the_same_bits_as_step_by_step() -> None:
+    x = images()
+    net = resnet_fast.accelerate(model(), x)
+    first = net(x)
+    ready(net, x)
+    assert torch.equal(net(x), first)
+    assert torch.equal(net(x), by_step(net, x))
+    assert torch.equal(net(x.contiguous(memory_format=torch.channels_last)), first)
+    assert "layers run as one native call at 3x64x64" in str(resnet_fast.explain(net))
+
+
+def _write_through_data(net: Any) -> None:
+    net.layer2[0].conv1.weight.data.mul_(2)
+
+
+def _write_statistics(net: Any) -> None:
+    net.layer4[1].bn2.running_mean.add_(1)
+
+
+def _change_pool(net: Any) -> None:
+    net.maxpool.kernel_size = 5
+    net.maxpool.padding = 2
+
+
+def _replace_pool(net: Any) -> None:
+    net.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+
+
+def _replace_block(net: Any) -> None:
+    net.layer1[1] = nn.Identity()
+
+
+def _replace_activation(net: Any) -> None:
+    net.layer2[1].relu = nn.SiLU()
+
+
+def _patch_conv(net: Any) -> None:
+    conv = net.layer3[0].conv1
+    conv.forward = lambda x: nn.Conv2d.forward(conv, x) * 2
+
+
+def _hook(net: Any) -> None:
+    net.layer2.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def _hook_conv(net: Any) -> None:
+    net.layer2[0].conv1.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def _hook_head(net: Any) -> None:
+    net.fc.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def _hook_itself(net: Any) -> None:
+    net.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def _replace_head(net: Any) -> None:
+    net.fc = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _write_through_data,
+        _write_statistics,
+        _change_pool,
+        _replace_pool,
+        _replace_block,
+        _replace_activation,
+        _patch_conv,
+        _hook,
+        _hook_conv,
+        _hook_head,
+        _hook_itself,
+        _replace_head,
+    ],
+    ids=lambda edit: edit.__name__.strip("_"),
+)
+def test_edits_show_in_the_next_forward(edit: Callable[[Any], None]) -> None:
+    x = images()
+    net, edited = (resnet_fast.accelerate(model(), x) for _ in range(2))
+    ready(net, x)
+    before = net(x)
+    edit(net)
+    edit(edited)
+    y = net(x)
+    assert y.shape != before.shape or not torch.equal(y, before)
+    assert torch.equal(y, by_step(edited, x))
+    for _ in range(4):
+        assert torch.equal(net(x), y)
+
+
+def test_a_head_of_ones_own_keeps_its_hooks() -> None:
+    """What comes after the sequence is not its business."""
+    x = images()
+    plain = model()
+    plain.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 4)).eval()
+    net = resnet_fast.accelerate(plain, x)
+    ready(net, x)
+    seen = []
+    net.fc[1].register_forward_hook(lambda module, args, y: seen.append(y))
+    net(x)
+    assert len(seen) == 1 and list(program_of(net).prefix)
+
+
+class Branching(nn.Module):
+    """A second use of an early value, after the last layer that a sequence knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 32, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.relu(self.bn1(self.conv1(x)))
+        second = torch.relu(self.bn2(self.conv2(first)))
+        return torch.sin(second) * first.amax()
+
+
+def test_a_value_that_is_used_later_is_not_skipped() -> None:
+    torch.manual_seed(0)
+    x = images()
+    net = resnet_fast.accelerate(randomize_batchnorm_(Branching()).eval(), x)
+    program = program_of(net)
+    expected = by_step(net, x)
+    assert program.cuts[0] == 1 and 2 not in program.cuts
+    for _ in range(4):
+        assert torch.equal(net(x), expected)
+
+
+def test_copies_and_pickles_start_empty() -> None:
+    x = images()
+    net = resnet_fast.accelerate(model(), x)
+    ready(net, x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert not list(program_of(other).prefix)
+        assert torch.equal(other(x), net(x))
