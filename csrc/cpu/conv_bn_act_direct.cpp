@@ -1,5 +1,6 @@
 // conv_bn_act for dense kernels over weights packed once, fp32 and bf16: the ops, and the fp32
 // kernel. How the work is laid out is in direct.h.
+#include "band.h"
 #include "direct.h"
 #include "pool.h"
 
@@ -13,9 +14,9 @@ struct DirectFp32 {
   static constexpr int kRows = Tile<I>::kRows;
   static constexpr int64_t kChain = 64;  // products added one after the other (tile.h)
 
-  static void multiply(int64_t rows, const float* panel, int64_t row_stride, const float* packed,
-                       int64_t depth, const TileOut<float>& out) {
-    kMultiplyRows<I>[rows - 1](panel, row_stride, packed, depth, out);
+  static void multiply(int64_t count, const Rows& rows, const float* packed, int64_t depth,
+                       const TileOut<float>& out) {
+    kMultiplyRows<I>[count - 1](rows, packed, depth, out);
   }
 };
 
@@ -102,6 +103,11 @@ int64_t direct_fp32_packed_size(int64_t filters, int64_t depth) {
 void direct_fp32(const Geometry& g, const DirectOperands<float>& o) {
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
+    if (reads_bands(g)) {
+      return parallel_on<kIsa>(band_tasks(g), [&](int64_t begin, int64_t end) RF_INLINE {
+        direct_bands<DirectFp32<kIsa>>(g, o, begin, end);
+      });
+    }
     const DirectCut cut(g, DirectFp32<kIsa>::kBlock, worker_count());
     parallel_on<kIsa>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end) RF_INLINE {
       direct_tasks<DirectFp32<kIsa>>(g, o, cut, begin, end);

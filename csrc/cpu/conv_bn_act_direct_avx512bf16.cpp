@@ -106,9 +106,9 @@ struct DirectBf16 {
   // A result is rounded to 8 bits: one chain's error is far below.
   static constexpr int64_t kChain = std::numeric_limits<int64_t>::max();
 
-  static void multiply(int64_t rows, const bf16* panel, int64_t row_stride, const bf16* packed,
-                       int64_t depth, const TileOut<bf16>& out) {
-    kMultiplyRowsBf16[rows - 1](panel, row_stride, packed, depth, out);
+  static void multiply(int64_t count, const RowsOf<bf16>& rows, const bf16* packed, int64_t depth,
+                       const TileOut<bf16>& out) {
+    kMultiplyRowsBf16[count - 1](rows.at, rows.stride, packed, depth, out);
   }
 };
 

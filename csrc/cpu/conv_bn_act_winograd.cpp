@@ -249,7 +249,8 @@ RF_INLINE inline void filter_block(const Plane& g, const Epilogue& e, const floa
         out.sums_stride = NR;
         out.chain = chain;
         out.accumulate = c > 0;
-        kMultiplyRows<I>[rows - 1](v + element* v_plane + row* v_row + c, v_row, u, depth, out);
+        const float* from = v + element * v_plane + row * v_row + c;
+        kMultiplyRows<I>[rows - 1]({from, v_row, depth, 0}, u, depth, out);
       }
       u += depth * NR;
     }

@@ -14,7 +14,7 @@
 // stride 1) x itself is the panel.
 //
 // A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kChain and
-// multiply(rows, panel, row_stride, packed, depth, out).
+// multiply(count, rows, packed, depth, out).
 #pragma once
 
 #include "gather.h"
@@ -65,6 +65,20 @@ struct DirectCut {
     strips = std::clamp(wanted, (g.filters + kStrip - 1) / kStrip, blocks);
   }
 };
+
+// The epilogue outside the registers: of `rows` sums of `columns` filters from filter k0, for y
+// from element `at`.
+template <typename T>
+RF_INLINE inline void finish_rows(const DirectOperands<T>& o, int64_t filters, int64_t rows,
+                                  int64_t columns, const float* sums, int64_t sums_stride,
+                                  int64_t k0, int64_t at) {
+  with_act(o.act, [&](auto tag) RF_INLINE {
+    for (int64_t i = 0; i < rows; ++i, at += filters) {
+      finish_row(tag, columns, sums + i * sums_stride, o.scale + k0, o.shift + k0,
+                 o.residual == nullptr ? nullptr : o.residual + at, o.y + at);
+    }
+  });
+}
 
 template <typename K>
 RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typename K::T>& o,
@@ -145,16 +159,11 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
           out.sums = sums + row * sums_stride + (block - first_block) * NR;
           out.y = o.y + at;
           out.residual = o.residual == nullptr ? nullptr : o.residual + at;
-          K::multiply(rows, panel + row * row_stride, row_stride, packed, columns, out);
+          K::multiply(rows, {panel + row * row_stride, row_stride, columns, 0}, packed, columns,
+                      out);
           if (d1 == depth && !whole) {
-            with_act(o.act, [&](auto tag) RF_INLINE {
-              for (int64_t i = 0; i < rows; ++i) {
-                const int64_t y_at = at + i * g.filters;
-                finish_row(tag, std::min(NR, g.filters - k0), out.sums + i * sums_stride, out.scale,
-                           out.shift, o.residual == nullptr ? nullptr : o.residual + y_at,
-                           o.y + y_at);
-              }
-            });
+            const int64_t columns_left = std::min(NR, g.filters - k0);
+            finish_rows(o, g.filters, rows, columns_left, out.sums, sums_stride, k0, at);
           }
         }
       }

@@ -107,6 +107,15 @@ struct TileOut {
   float low, high;
 };
 
+// Where the rows of a product are: row i starts at `at` + i * `stride`. A row is made of runs of
+// `run` columns, whose starts are `jump` apart: the lines of a window that is read in place.
+template <typename T>
+struct RowsOf {
+  const T* at;
+  int64_t stride, run, jump;
+};
+using Rows = RowsOf<float>;
+
 // rows[MR][depth] * packed[depth][2 vectors]. The sums stay in registers; a row's value is
 // broadcast from memory to all lanes.
 //
@@ -114,8 +123,8 @@ struct TileOut {
 // chains of L that are summed in turn, of nL/2 + n²/2L. Between chains the sums go through the
 // first-level cache, while the next chain is multiplied.
 template <int kBytes, int MR>
-RF_INLINE inline void multiply_rows(const float* rows, int64_t row_stride, const float* packed,
-                                    int64_t depth, const TileOut<float>& out) {
+RF_INLINE inline void multiply_rows(const Rows& rows, const float* packed, int64_t depth,
+                                    const TileOut<float>& out) {
   typedef float Vec __attribute__((vector_size(kBytes)));
   constexpr int kLanes = kBytes / int(sizeof(float)), NV = 2;
   Vec acc[MR][NV];
@@ -131,24 +140,35 @@ RF_INLINE inline void multiply_rows(const float* rows, int64_t row_stride, const
       }
     }
   }
-  int64_t k1 = 0;
+  const float* from = rows.at;
+  int64_t left = rows.run, k1 = 0;
   do {
     const int64_t k0 = k1;
     k1 = std::min(depth, k0 + out.chain);
     for (int i = 0; i < MR; ++i) {
       for (int v = 0; v < NV; ++v) acc[i][v] = Vec{};
     }
-    for (int64_t k = k0; k < k1; ++k) {
-      Vec b[NV];
-      for (int v = 0; v < NV; ++v) std::memcpy(&b[v], packed + v * kLanes, kBytes);
-      for (int v = 0; v < NV; ++v) {
-        __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead + v * kBytes);
-      }
-      packed += NV * kLanes;
+    for (int64_t k = k0; k < k1;) {
+      const int64_t count = std::min(k1 - k, left);
+      for (int64_t j = 0; j < count; ++j) {
+        Vec b[NV];
+        for (int v = 0; v < NV; ++v) std::memcpy(&b[v], packed + v * kLanes, kBytes);
+        for (int v = 0; v < NV; ++v) {
+          __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead + v * kBytes);
+        }
+        packed += NV * kLanes;
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const float a = rows[i * row_stride + k];
-        for (int v = 0; v < NV; ++v) acc[i][v] += a * b[v];
+        for (int i = 0; i < MR; ++i) {
+          const float a = from[i * rows.stride + j];
+          for (int v = 0; v < NV; ++v) acc[i][v] += a * b[v];
+        }
+      }
+      k += count;
+      from += count;
+      left -= count;
+      if (left == 0) {
+        from += rows.jump - rows.run;
+        left = rows.run;
       }
     }
     if (out.accumulate || k0 > 0) {
@@ -192,19 +212,17 @@ RF_INLINE inline void multiply_rows(const float* rows, int64_t row_stride, const
   }
 }
 
-using MultiplyRows = void (*)(const float* rows, int64_t row_stride, const float* packed,
-                              int64_t depth, const TileOut<float>& out);
+using MultiplyRows = void (*)(const Rows& rows, const float* packed, int64_t depth,
+                              const TileOut<float>& out);
 
 // multiply_rows for 1 to kRows rows, at index rows - 1; each compiled once for I and called, so
 // that the kernels around it stay small.
 template <Isa I>
 inline constexpr auto kMultiplyRows = []<int... R>(std::integer_sequence<int, R...>) {
-  return std::array<MultiplyRows, sizeof...(R)>{[](const float* rows, int64_t row_stride,
-                                                   const float* packed, int64_t depth,
-                                                   const TileOut<float>& out) {
-    run_on<I>([&](auto) RF_INLINE {
-      multiply_rows<Tile<I>::kBytes, R + 1>(rows, row_stride, packed, depth, out);
-    });
+  return std::array<MultiplyRows, sizeof...(R)>{[](const Rows& rows, const float* packed,
+                                                   int64_t depth, const TileOut<float>& out) {
+    run_on<I>([&](auto)
+                  RF_INLINE { multiply_rows<Tile<I>::kBytes, R + 1>(rows, packed, depth, out); });
   }...};
 }(std::make_integer_sequence<int, Tile<I>::kRows>{});
 

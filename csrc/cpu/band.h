@@ -1,0 +1,99 @@
+// The direct convolution of few channels, fp32: windows read in place, out of a padded band.
+//
+// A stem's windows overlap: gathered as rows of a matrix (direct.h), 7x7 windows at stride 2 are
+// twelve copies of the image, a quarter of the layer's time. In a copy with its padding written
+// out, a line of a window is a run of memory, and the next window starts stride * C further on:
+//
+//      band: lines of (padding, image line, padding)         rows of the product, read in place
+//     +--------------------------------------------+
+//     | [ run of window 0 ]                        |         row 0 = its runs, one a line
+//     |       [ run of window 1 ]                  |   ==>   row 1 = the same, stride * C on
+//     |             [ run of window 2 ]            |         ...
+//     +--------------------------------------------+
+//
+// A task copies the lines that a few lines of output need, and multiplies them with all filters.
+#pragma once
+
+#include "direct.h"
+
+namespace resnet_fast::cpu {
+
+constexpr int64_t kBandRows = 4;       // lines of output a task makes
+constexpr int64_t kBandChannels = 16;  // from here on gathering costs little beside the product
+
+// Whether the windows are worth reading this way.
+inline bool reads_bands(const Geometry& g) {
+  return g.in[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0 && g.taps() > 1 &&
+         g.dilation[2] == 1 && g.channels < kBandChannels && g.depth() <= Panel<float>::kDepth;
+}
+
+inline int64_t band_tasks(const Geometry& g) {
+  return g.batch * ((g.out[1] + kBandRows - 1) / kBandRows);
+}
+
+// Line `h` of an image, from `padding` columns before it on, as `length` values; zeros outside.
+RF_INLINE inline void padded_line(const Geometry& g, const float* image, int64_t h, int64_t length,
+                                  float* to) {
+  if (h < 0 || h >= g.in[1]) return std::fill_n(to, length, 0.0f), void();
+  const int64_t before = std::min(length, g.padding[2] * g.channels);
+  const int64_t inside = std::min(length - before, g.in[2] * g.channels);
+  std::fill_n(to, before, 0.0f);
+  std::memcpy(to + before, image + h * g.in[2] * g.channels, size_t(inside) * sizeof(float));
+  std::fill_n(to + before + inside, length - before - inside, 0.0f);
+}
+
+template <typename K>
+RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<float>& o, int64_t begin,
+                                   int64_t end) {
+  constexpr int64_t NR = K::kBlock;
+  constexpr int kRows = K::kRows;
+  thread_local Scratch band_memory;
+  const int64_t bands = (g.out[1] + kBandRows - 1) / kBandRows, depth = g.depth();
+  const int64_t step = g.stride[2] * g.channels, run = g.kernel[2] * g.channels;
+  const int64_t length = (g.out[2] - 1) * step + run;
+  const int64_t lines = (kBandRows - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
+  float* band = band_memory.get<float>(lines * length);
+  alignas(64) float sums[kRows * NR];
+  const Clamp clamp = clamp_of(o.act);
+  const int64_t pieces = (g.out[2] + kRows - 1) / kRows;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / bands, h0 = task % bands * kBandRows;
+    const int64_t h1 = std::min(g.out[1], h0 + kBandRows);
+    const float* image = o.x + n * g.in[1] * g.in[2] * g.channels;
+    const int64_t used = (h1 - h0 - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
+    for (int64_t line = 0; line < used; ++line) {
+      const int64_t h = h0 * g.stride[1] - g.padding[1] + line;
+      padded_line(g, image, h, length, band + line * length);
+    }
+    for (int64_t k0 = 0; k0 < g.filters; k0 += NR) {
+      const bool whole = k0 + NR <= g.filters && clamp.is_clamp;
+      TileOut<float> out{};
+      out.sums = sums;
+      out.sums_stride = NR;
+      out.chain = K::kChain;
+      out.last = whole;
+      out.scale = o.scale + k0;
+      out.shift = o.shift + k0;
+      out.y_stride = g.filters;
+      out.low = clamp.low;
+      out.high = clamp.high;
+      for (int64_t h = h0; h < h1; ++h) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t w = cut_at(g.out[2], pieces, piece);
+          const int64_t rows = cut_at(g.out[2], pieces, piece + 1) - w;
+          const int64_t at = ((n * g.out[1] + h) * g.out[2] + w) * g.filters + k0;
+          const float* from = band + (h - h0) * g.stride[1] * length + w * step;
+          out.y = o.y + at;
+          out.residual = o.residual == nullptr ? nullptr : o.residual + at;
+          K::multiply(rows, {from, step, run, g.dilation[1] * length}, o.packed + k0 * depth, depth,
+                      out);
+          if (!whole) {
+            finish_rows(o, g.filters, rows, std::min(NR, g.filters - k0), sums, NR, k0, at);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace resnet_fast::cpu
