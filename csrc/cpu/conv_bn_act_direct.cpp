@@ -12,7 +12,9 @@ struct DirectFp32 {
   using T = float;
   static constexpr int64_t kBlock = 2 * Tile<I>::kBytes / 4, kPair = 1;
   static constexpr int kRows = Tile<I>::kRows;
-  static constexpr int64_t kChain = 64;  // products added one after the other (tile.h)
+  // A panel is one chain (tile.h): of the limit at ResNet's sites that takes 0.46 at most, where
+  // chains of 64 take 0.43 and two percent of a network's time.
+  static constexpr int64_t kChain = Panel<float>::kDepth;
 
   static void multiply(int64_t count, const Rows& rows, const float* packed, int64_t depth,
                        const TileOut<float>& out) {
