@@ -196,7 +196,7 @@ def native_module() -> Extension:
         "resnet_fast._native",
         ["csrc/native.cpp"],
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "build/generated")],
-        depends=[*headers("csrc/math"), "build/generated/build_info.h"],
+        depends=[*headers("csrc", "csrc/math", "csrc/cpu"), "build/generated/build_info.h"],
         extra_compile_args={"cxx": compile_args},
         language="c++",
     )

@@ -1,4 +1,5 @@
-// resnet_fast._native: what was built, what this CPU can do, and the weight fingerprint. No torch.
+// resnet_fast._native: what was built, what this CPU can do, and what tells that a module or its
+// weights have changed. No torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +14,8 @@
 
 #include "build_info.h"
 #include "cpu/isa.h"
+#include "guard.h"
+#include "math/fingerprint.h"
 
 namespace py = pybind11;
 
@@ -111,81 +114,20 @@ py::list kernel_variants() {
   return rows;
 }
 
-// splitmix64's finaliser: every input bit reaches every output bit.
-uint64_t mix(uint64_t h) {
-  h ^= h >> 30;
-  h *= 0xBF58476D1CE4E5B9ull;
-  h ^= h >> 27;
-  h *= 0x94D049BB133111EBull;
-  return h ^ (h >> 31);
-}
-
-constexpr uint64_t kWholeBytes = 16 * 1024;
-constexpr uint64_t kSamples = 128;
-
-// Four chains side by side: a single one would wait for each multiplication.
-struct Chains {
-  uint64_t h[4] = {0x9E3779B97F4A7C15ull, 0xC2B2AE3D27D4EB4Full, 0x165667B19E3779F9ull,
-                   0x27D4EB2F165667C5ull};
-  void add(int lane, uint64_t word) {
-    const uint64_t v = (h[lane] ^ word) * 0x9FB21C651E98DF25ull;
-    h[lane] = v ^ (v >> 29);
-  }
-  uint64_t finish() const { return mix(h[0] + 3 * mix(h[1] + 5 * mix(h[2] + 7 * mix(h[3])))); }
-};
-
-uint64_t word_at(const unsigned char* bytes, uint64_t offset, uint64_t length) {
-  uint64_t word = 0;
-  std::memcpy(&word, bytes + offset, length);
-  return word;
-}
-
-uint64_t sample_at(uint64_t length, uint64_t i) {
-  const uint64_t last = length - 8;
-  // Split so that the product cannot overflow for any length.
-  return last / (kSamples - 1) * i + last % (kSamples - 1) * i / (kSamples - 1);
-}
-
-// Weights that were packed are read nowhere else: every sample is a miss of all caches. They are
-// under way together instead of one after the other.
-void prefetch(uint64_t address, uint64_t length) {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(address);
-  if (length <= kWholeBytes) {
-    for (uint64_t at = 0; at < length; at += 64) __builtin_prefetch(bytes + at);
-  } else {
-    for (uint64_t i = 0; i < kSamples; ++i) __builtin_prefetch(bytes + sample_at(length, i));
-  }
-}
-
-// A change detector for weights, not a checksum: whole up to 16 KiB, beyond that 128 evenly spaced
-// words with the first and the last. Order, length and content of the buffers count.
+// The fingerprint of several buffers: order and length count, too.
 uint64_t fingerprint(const std::vector<std::pair<uint64_t, uint64_t>>& buffers) {
-  uint64_t h = 0x9E3779B97F4A7C15ull + buffers.size();
-  for (size_t index = 0; index < buffers.size(); ++index) {
-    const auto [address, length] = buffers[index];
-    if (index + 1 < buffers.size()) prefetch(buffers[index + 1].first, buffers[index + 1].second);
-    if (length == 0) {
-      h = mix(h + 1);
-      continue;
+  uint64_t h = buffers.size();
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    const auto [address, length] = buffers[i];
+    if (address == 0 && length > 0) {
+      throw std::invalid_argument("fingerprint: null address with a length");
     }
-    if (address == 0) throw std::invalid_argument("fingerprint: null address with a length");
+    if (i + 1 < buffers.size()) {
+      const auto [next, bytes] = buffers[i + 1];
+      resnet_fast::prefetch_fingerprint(reinterpret_cast<const unsigned char*>(next), bytes);
+    }
     const auto* bytes = reinterpret_cast<const unsigned char*>(address);
-    h = mix(h ^ length);
-    Chains chains;
-    if (length <= kWholeBytes) {
-      uint64_t at = 0;
-      for (; at + 32 <= length; at += 32) {
-        for (int lane = 0; lane < 4; ++lane) chains.add(lane, word_at(bytes, at + 8 * lane, 8));
-      }
-      for (; at < length; at += 8) {
-        chains.add(0, word_at(bytes, at, std::min<uint64_t>(8, length - at)));
-      }
-    } else {
-      for (uint64_t i = 0; i < kSamples; ++i) {
-        chains.add(static_cast<int>(i % 4), word_at(bytes, sample_at(length, i), 8));
-      }
-    }
-    h = mix(h ^ chains.finish());
+    h = resnet_fast::mix_bits(h ^ resnet_fast::fingerprint(bytes, length));
   }
   return h;
 }
@@ -205,7 +147,7 @@ class Watch {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Build info, CPU features, kernel variants and the weight fingerprint.";
+  m.doc() = "Build info, CPU features, kernel variants, and what tells that a module has changed.";
   m.def("build_info", &build_info, "How the native parts were built; None where absent.");
   m.def("cpu_features", &cpu_features, "Instruction sets of this CPU.");
   m.def("current_isa", &current_isa, "The instruction set that the CPU kernels use here.");
@@ -216,4 +158,5 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<std::vector<std::pair<uint64_t, uint64_t>>>(), py::arg("buffers"))
       .def("unchanged", &Watch::unchanged,
            "Whether the memory, which must still be live, is as it was.");
+  resnet_fast::define_guard(m);
 }

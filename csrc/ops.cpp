@@ -14,8 +14,10 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_winograd_conv(Tensor x, Tensor packed, Tensor weight, int m, Tensor? scale, Tensor? shift, "
       "Tensor? residual, int[] padding, str act) -> Tensor");
-  m.def("_run_sequence(Tensor x, Tensor[] constants, int[] steps) -> Tensor");
-  m.def("_sequence_bytes(Tensor x, Tensor[] constants, int[] steps) -> int");
+  m.def("_make_sequence(Tensor[] constants, int[] steps, Tensor[] watched) -> int");
+  m.def("_run_sequence(Tensor x, int sequence) -> Tensor");
+  m.def("_sequence_bytes(Tensor x, int sequence) -> int");
+  m.def("_free_sequence(int sequence) -> ()");
   m.def("bn_act(Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, str act) -> Tensor");
   m.def("add_act(Tensor x, Tensor residual, str act) -> Tensor");
   m.def("_add_act_backward(Tensor grad_y, Tensor x, Tensor residual, str act) -> Tensor");

@@ -21,7 +21,13 @@ PRIVATE = {"add_act": "_add_act_backward", "bn_act_train": "_bn_act_train_backwa
 # Parts of the registrations that pack weights (resnet_fast/ops/conv_bn_act_<algorithm>.py).
 PARTS = {"_direct_weight", "_direct_conv", "_winograd_weight", "_winograd_conv"}
 # What serves all ops: the memory of their outputs, and a network's layers as one call.
-SHARED = {"_release_memory": "pool", "_run_sequence": "sequence", "_sequence_bytes": "sequence"}
+SHARED = {
+    "_release_memory": "pool",
+    "_make_sequence": "sequence",
+    "_run_sequence": "sequence",
+    "_sequence_bytes": "sequence",
+    "_free_sequence": "sequence",
+}
 # Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}
 CUDA = {"add_act", "bn_act"}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import resnet_fast
-from resnet_fast import models, plan
+from resnet_fast import _library, models, plan
 from resnet_fast.nn.blocks import Bottleneck
 from resnet_fast.nn.recorder import KINDS
 from resnet_fast.nn.sequence import Sequenced, plain
@@ -387,7 +389,9 @@ def test_plain_is_asked_of_classes() -> None:
     assert plain(Fine) is Fine and issubclass(models.ResNet, Sequenced)
 
 
-# The op itself, by lists of steps.
+# The ops themselves, by lists of steps.
+
+OPS = torch.ops.resnet_fast
 
 
 def step(kind: str, read: int, made: int, **fields: Any) -> list[int]:
@@ -404,9 +408,12 @@ def step(kind: str, read: int, made: int, **fields: Any) -> list[int]:
     ]
 
 
-def run(x: Tensor, constants: list[Tensor], steps: list[int]) -> Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.resnet_fast._run_sequence(x, constants, steps)
+def run(x: Tensor, constants: list[Tensor], steps: list[int], watched: Any = ()) -> Tensor:
+    handle = OPS._make_sequence(constants, steps, list(watched))
+    try:
+        return OPS._run_sequence(x.contiguous(memory_format=torch.channels_last), handle)
+    finally:
+        OPS._free_sequence(handle)
 
 
 @pytest.mark.parametrize("channels", [1, 7, 16, 40])
@@ -471,7 +478,9 @@ def test_the_arena_is_smaller_than_the_values() -> None:
     x = torch.randn(4, 32, 9, 9).contiguous(memory_format=torch.channels_last)
     made = {"constants": 0, "filters": 32}
     steps = [n for i in range(8) for n in step("direct", i, i + 1, **made)]
-    size = torch.ops.resnet_fast._sequence_bytes(x, constants, steps)
+    handle = OPS._make_sequence(constants, steps, [])
+    size = OPS._sequence_bytes(x, handle)
+    OPS._free_sequence(handle)
     assert size == 2 * x.numel() * 4  # the one that is read and the one that is written
 
 
@@ -519,5 +528,82 @@ def test_hostile_tensors() -> None:
             with pytest.raises(RuntimeError, match="constants"):
                 run(x, constants, steps)
     for bad in (x.double(), x[0], x.bfloat16()):
+        handle = OPS._make_sequence(convolution(), steps, [])
         with pytest.raises(RuntimeError, match="x: "):
-            torch.ops.resnet_fast._run_sequence(bad, convolution(), steps)
+            OPS._run_sequence(bad, handle)
+        OPS._free_sequence(handle)
+
+
+def test_unknown_numbers() -> None:
+    steps = step("mean", 0, 1)
+    handle = OPS._make_sequence([], steps, [])
+    OPS._free_sequence(handle)
+    OPS._free_sequence(handle)  # twice is nothing
+    for number in (handle, 0, -1, 2**62):
+        with pytest.raises(RuntimeError, match="sequence: "):
+            OPS._run_sequence(torch.randn(1, 4, 4, 4), number)
+
+
+@pytest.mark.parametrize("shape", [(3,), (5000,), (700, 40)])
+def test_what_is_watched_ends_it(shape: tuple[int, ...]) -> None:
+    x, watched = torch.randn(1, 4, 4, 4), torch.randn(shape)
+    x = x.contiguous(memory_format=torch.channels_last)
+    transposed = torch.randn(shape).T if len(shape) > 1 else torch.randn(2 * shape[0])[::2]
+    handle = OPS._make_sequence([], step("mean", 0, 1), [watched, transposed])
+    assert OPS._run_sequence(x, handle).shape == (1, 4, 1, 1)
+    for tensor in (watched, transposed):
+        tensor.data.mul_(2)
+        assert OPS._run_sequence(x, handle).shape == (0,)
+        tensor.data.div_(2)
+        assert OPS._run_sequence(x, handle).shape == (1, 4, 1, 1)
+    OPS._free_sequence(handle)
+
+
+def test_a_discarded_network_gives_its_memory_back() -> None:
+    net, x = network(), images()
+    sequence = ready(net, x)
+    handle, weight = sequence._handle, weakref.ref(net.layer1[0].conv1.weight)
+    del net, sequence
+    gc.collect()
+    assert weight() is None
+    with pytest.raises(RuntimeError, match="sequence: "):
+        OPS._sequence_bytes(x, handle)
+
+
+def test_the_guard_sees_what_it_is_told_to() -> None:
+    native = _library.native()
+    assert native is not None
+
+    class Thing:
+        pass
+
+    thing, tensor, places = Thing(), torch.zeros(3), {"a": 1.5, "b": None}
+
+    def edits() -> Iterator[Callable[[], None]]:
+        yield lambda: None
+        yield lambda: places.update(a=2.5)
+        yield lambda: places.update(c=1)
+        yield lambda: hooks.update(one=1)
+        yield lambda: children.update(z=0)
+        yield lambda: children.update(x=2)
+        yield lambda: (children.pop("x"), children.update(x=one))
+        yield lambda: setattr(thing, "__class__", type("Other", (Thing,), {}))
+        yield lambda: tensor.add_(1)
+        yield lambda: setattr(tensor, "data", torch.ones(3))
+
+    one = object()
+    for index, edit in enumerate(edits()):
+        thing, tensor, places = Thing(), torch.zeros(3), {"a": 1.5, "b": None}
+        hooks: dict[str, Any] = {}
+        children: dict[str, Any] = {"x": one, "y": object()}
+        guard = native.Guard()
+        guard.same(places, "a", places["a"])
+        guard.same(places, "b", None)
+        guard.absent(places, "c")
+        guard.empty(hooks)
+        guard.items(children)
+        guard.type(thing)
+        guard.tensor(tensor)
+        assert guard.holds()
+        edit()
+        assert guard.holds() is (index == 0), index

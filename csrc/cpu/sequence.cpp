@@ -5,6 +5,14 @@
 // together, and all activations live in one block, the arena. A value has a place there from the
 // step that writes it to the last one that reads it; a layer that adds a residual whose last use
 // this is writes over it.
+#include <pthread.h>
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "../math/fingerprint.h"
 #include "direct.h"
 #include "pool.h"
 #include "team.h"
@@ -233,8 +241,102 @@ class Sequence {
   int64_t arena_size_ = 0;
 };
 
-Tensor run_sequence(const Tensor& x, const std::vector<Tensor>& constants, IntList steps) {
-  const Sequence sequence(x, constants, steps);
+// A recorded list of steps, with what it was derived from.
+struct Recording {
+  std::vector<Tensor> constants;
+  std::vector<int64_t> steps;
+  std::vector<Tensor> watched;  // alive as long as their memory is looked at
+  std::vector<uint64_t> fingerprints;
+};
+
+uint64_t bytes_from(const Tensor& t) {
+  const auto element = static_cast<int64_t>(t.element_size());
+  if (t.is_contiguous()) return static_cast<uint64_t>(t.numel() * element);
+  int64_t size = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &size));
+  return static_cast<uint64_t>(size - t.storage_offset() * element);
+}
+
+// Recordings by number. A number is never used twice.
+class Recordings {
+ public:
+  static Recordings& instance() {
+    static Recordings* all = new Recordings();  // never destroyed, like the memory pool
+    return *all;
+  }
+
+  int64_t add(Recording recording) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    known_.emplace(++last_, std::make_shared<const Recording>(std::move(recording)));
+    return last_;
+  }
+
+  std::shared_ptr<const Recording> find(int64_t number) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto found = known_.find(number);
+    STD_TORCH_CHECK(found != known_.end(), "sequence: expected what _make_sequence returned");
+    return found->second;
+  }
+
+  void remove(int64_t number) {
+    std::shared_ptr<const Recording> last;  // its tensors die outside the lock
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto found = known_.find(number);
+    if (found == known_.end()) return;
+    last = std::move(found->second);
+    known_.erase(found);
+  }
+
+ private:
+  Recordings() {
+    // A child of fork() must not find the lock held by a thread that it does not have.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+  }
+
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<const Recording>> known_;
+  int64_t last_ = 0;
+};
+
+int64_t make_sequence(const std::vector<Tensor>& constants, IntList steps,
+                      const std::vector<Tensor>& watched) {
+  Recording recording{constants, {steps.begin(), steps.end()}, watched, {}};
+  for (const Tensor& t : watched) {
+    STD_TORCH_CHECK(t.is_cpu(), "watched: expected CPU tensors");
+    recording.fingerprints.push_back(fingerprint(data_of<unsigned char>(t), bytes_from(t)));
+  }
+  return Recordings::instance().add(std::move(recording));
+}
+
+void free_sequence(int64_t number) { Recordings::instance().remove(number); }
+
+// Whether the watched tensors are as they were. Torch's threads share the misses of the caches.
+bool is_unchanged(const Recording& r) {
+  const auto count = static_cast<int64_t>(r.watched.size());
+  std::atomic<bool> changed{false};
+  parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + 1 < end) {
+        prefetch_fingerprint(data_of<unsigned char>(r.watched[i + 1]),
+                             bytes_from(r.watched[i + 1]));
+      }
+      const Tensor& t = r.watched[i];
+      if (fingerprint(data_of<unsigned char>(t), bytes_from(t)) != r.fingerprints[i]) {
+        changed.store(true, std::memory_order_relaxed);
+      }
+    }
+  });
+  return !changed.load();
+}
+
+IntList list_of(const std::vector<int64_t>& values) { return {values.data(), values.size()}; }
+
+// A vector of no elements where a watched tensor has changed.
+Tensor run_sequence(const Tensor& x, int64_t number) {
+  const auto recording = Recordings::instance().find(number);
+  const Sequence sequence(x, recording->constants, list_of(recording->steps));
+  if (!is_unchanged(*recording)) return empty({0}, x.scalar_type(), x);
   const Tensor y = sequence.output();
   if (y.numel() == 0) return y;
   const Tensor arena = empty_packed(sequence.arena_size(), x);
@@ -242,12 +344,19 @@ Tensor run_sequence(const Tensor& x, const std::vector<Tensor>& constants, IntLi
   return y;
 }
 
-int64_t sequence_bytes(const Tensor& x, const std::vector<Tensor>& constants, IntList steps) {
-  return Sequence(x, constants, steps).arena_size() * int64_t(sizeof(float));
+int64_t sequence_bytes(const Tensor& x, int64_t number) {
+  const auto recording = Recordings::instance().find(number);
+  const Sequence sequence(x, recording->constants, list_of(recording->steps));
+  return sequence.arena_size() * int64_t(sizeof(float));
 }
 
 }  // namespace
 }  // namespace resnet_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
+  m.impl("_make_sequence", TORCH_BOX(&resnet_fast::cpu::make_sequence));
+  m.impl("_free_sequence", TORCH_BOX(&resnet_fast::cpu::free_sequence));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_run_sequence", TORCH_BOX(&resnet_fast::cpu::run_sequence));

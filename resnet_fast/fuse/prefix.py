@@ -42,7 +42,9 @@ class Prefix:
             return None
         count, sequence = known
         if sequence.holds():
-            return count, sequence(x)
+            y = sequence(x)
+            if y is not None:
+                return count, y
         self._known.pop(key, None)
         return None
 

@@ -26,6 +26,8 @@ KINDS = {"direct": 0, "max_pool": 1, "winograd2": 2, "mean": 3, "winograd4": 4}
 #: Integers in a step.
 STEP_FIELDS = 15
 
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _NO_WINDOW = (1, 1, 1, 1, 0, 0, 1, 1)
 _active = threading.local()
 
@@ -47,7 +49,7 @@ class Recorder:
         constants: packed weight, weight, scale and shift of each convolution.
         sites: the prepared calls of the sites, in order.
         sources: what the constants were derived from, as :func:`sources_of` lists it.
-        settings: modules, the attributes that a step was made from, and their values then.
+        settings: modules, and the attributes that a step was made from.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -55,7 +57,7 @@ class Recorder:
         self.constants: list[Tensor] = []
         self.sites: list[Prepared] = []
         self.sources: list[Source] = []
-        self.settings: list[tuple[nn.Module, tuple[str, ...], tuple[Any, ...]]] = []
+        self.settings: list[tuple[nn.Module, tuple[str, ...]]] = []
         self._values = {id(x): 0}
         self._marks = [(0, 0, 0, 0)]  # lengths of the lists above after each step
         self._kept = [x]  # alive, so that no other tensor takes their identity
@@ -100,6 +102,9 @@ class Recorder:
         window = (*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation)
         if self._enter(layer.kind, x, residual, y, self._fields(layer, act, window)):
             self.sites.append(prepared)
+            self.settings.append((conv, _GEOMETRY))
+            if prepared.eps is not None:
+                self.settings.append((prepared.bn, ("eps",)))
             self.sources += prepared.sources
             self.constants += layer.constants()
             self._mark()
@@ -108,8 +113,8 @@ class Recorder:
         """Enter the call of a plain ``torch.nn.MaxPool2d``."""
         if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices:
             return
-        attributes = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        sizes = self._set(module, attributes)[:4]
+        self.settings.append((module, _POOL))
+        sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
         window = [n for size in sizes for n in _pair(size)]
         if self._enter("max_pool", x, None, y, (-1, 0, 0, *window)):
             self._mark()
@@ -147,7 +152,7 @@ class Recorder:
         layer = getattr(call, "layer", None)
         if layer is None:
             return False
-        self._set(pool, ("output_size",))
+        self.settings.append((pool, ("output_size",)))
         pooled = x.new_empty(0)
         self._enter("mean", x, None, pooled, (-1, 0, 0, *_NO_WINDOW))
         self._mark()
@@ -166,11 +171,6 @@ class Recorder:
         lists: tuple[list[Any], ...] = (self.constants, self.sites, self.sources, self.settings)
         constants, sites, sources, settings = map(len, lists)
         self._marks.append((constants, sites, sources, settings))
-
-    def _set(self, module: nn.Module, attributes: tuple[str, ...]) -> tuple[Any, ...]:
-        values = tuple(getattr(module, name) for name in attributes)
-        self.settings.append((module, attributes, values))
-        return values
 
     def _fields(self, layer: Layer, act: str, window: tuple[int, ...]) -> tuple[int, ...]:
         return (len(self.constants), ACTIVATIONS.index(act), layer.weight.shape[0], *window)

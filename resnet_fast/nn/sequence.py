@@ -10,6 +10,7 @@ where anything differs the network runs layer by layer, and is recorded again.
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as _nn_module
 
+from resnet_fast import _library
 from resnet_fast.nn import recorder as _recorder
 from resnet_fast.nn.prepared import are_current, batch_class, hooks_of, is_transforming, keep
-from resnet_fast.nn.recorder import STEP_FIELDS, Recorder
+from resnet_fast.nn.recorder import Recorder
 from resnet_fast.nn.site import FusedSite
 from resnet_fast.ops import _pack
 from resnet_fast.plan import binding as _binding
@@ -39,6 +41,8 @@ _PLAIN: set[type] = {
     nn.Sequential,
     FusedSite,
 }
+# Attributes of a module that would run in place of its class's.
+_PATCHES = ("forward", "_conv_forward")
 _BODIES = ("forward", "__call__", "_trunk", "_head", "_conv_forward")
 _GLOBAL_HOOKS = (
     _nn_module._global_forward_hooks,
@@ -74,7 +78,7 @@ def max_pool(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class Structure:
-    """Modules as they were, to be compared again.
+    """The modules that a record is of, and the places where they were found.
 
     Args:
         modules: those whose forward was recorded: none may be hooked, patched or replaced.
@@ -82,11 +86,7 @@ class Structure:
     """
 
     def __init__(self, modules: Iterable[nn.Module], parents: Iterable[nn.Module]) -> None:
-        self.modules = tuple(modules)
-        self.types = tuple(map(type, self.modules))
-        self.dicts = tuple(m.__dict__ for m in self.modules)
-        self.hooks = tuple(hooks for m in self.modules for hooks in hooks_of(m))
-        self.children = tuple((m._modules, list(m._modules.items())) for m in parents if m._modules)
+        self.modules, self.parents = tuple(modules), tuple(parents)
 
     @classmethod
     def below(cls, *roots: nn.Module, without: tuple[nn.Module, ...] = ()) -> Structure:
@@ -97,16 +97,21 @@ class Structure:
 
     def is_plain(self) -> bool:
         """Whether the modules do nothing but what a record shows."""
-        return all(map(_is_plain, self.types))
+        return all(_is_plain(type(m)) and not any(hooks_of(m)) for m in self.modules) and not any(
+            name in m.__dict__ for m in self.modules for name in _PATCHES
+        )
 
-    def holds(self) -> bool:
-        """Whether all is as it was."""
-        if any(self.hooks) or tuple(map(type, self.modules)) != self.types:
-            return False
-        for attributes in self.dicts:
-            if "forward" in attributes or "_conv_forward" in attributes:
-                return False
-        return all(list(d.items()) == items for d, items in self.children)
+    def watch(self, guard: Any) -> None:
+        """Have ``guard`` note all of it."""
+        for m in self.modules:
+            guard.type(m)
+            for hooks in hooks_of(m):
+                guard.empty(hooks)
+            for name in _PATCHES:
+                guard.absent(m.__dict__, name)
+        for m in self.parents:
+            if m._modules:
+                guard.items(m._modules)
 
 
 class Sequence:
@@ -120,55 +125,51 @@ class Sequence:
 
     def __init__(self, structure: Structure, record: Recorder, whole: bool) -> None:
         self.structure, self.whole = structure, whole
+        self.count = len(record)
         self.generation = _binding.generation()
         self.epoch = _pack.epoch()
-        self.constants, self.steps = record.constants, record.steps
-        self.sources, self.settings = tuple(record.sources), tuple(record.settings)
-        self.convs = tuple((p.conv, p.geometry) for p in record.sites)
-        self.norms = tuple((p.bn, p.eps) for p in record.sites if p.bn is not None)
-        self.modal = tuple(p.bn.__dict__ for p in record.sites if p.modal)
-        self.watch = _pack.watch([source[2] for source in self.sources])
-        self._run = torch.ops.resnet_fast._run_sequence.default
+        native = _library.native()
+        assert native is not None
+        self._guard = native.Guard()
+        structure.watch(self._guard)
+        for module, names in record.settings:
+            for name in names:
+                self._guard.same(module.__dict__, name, module.__dict__[name])
+        for site in record.sites:
+            if site.modal:
+                self._guard.same(site.bn.__dict__, "training", False)
+        watched = []
+        for where, name, tensor, _, _ in record.sources:
+            self._guard.same(where, name, tensor)
+            if tensor is not None:
+                self._guard.tensor(tensor)
+                watched.append(tensor.detach())
+        ops = torch.ops.resnet_fast
+        self._handle = ops._make_sequence(record.constants, record.steps, watched)
+        weakref.finalize(self, ops._free_sequence.default, self._handle)
+        self._run = ops._run_sequence.default
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self._run(x.contiguous(memory_format=torch.channels_last), self.constants, self.steps)
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The last step's result; None where a parameter was written to unnoticed (``.data``)."""
+        y = self._run(x.contiguous(memory_format=torch.channels_last), self._handle)
+        if y.dim() == 1:
+            return None
         return y.flatten(1) if self.whole else y
 
     def describe(self, shape: tuple[int, ...]) -> str:
         """One line for ``explain()``; ``shape`` is an image's."""
         x = torch.empty(1, *shape, memory_format=torch.channels_last)
-        held = torch.ops.resnet_fast._sequence_bytes(x, self.constants, self.steps)
-        count = len(self.steps) // STEP_FIELDS
+        held = torch.ops.resnet_fast._sequence_bytes(x, self._handle)
         size = "x".join(map(str, shape))
-        return f"{count} layers run as one native call at {size}, {held / 1e6:.1f} MB an image"
+        return f"{self.count} layers run as one native call at {size}, {held / 1e6:.1f} MB an image"
 
     def holds(self) -> bool:
-        """Whether a call is what running layer by layer would come to."""
-        if self.generation != _binding.generation() or self.epoch != _pack.epoch():
-            return False
-        for norm in self.modal:
-            if norm["training"]:
-                return False
-        for conv, geometry in self.convs:
-            if geometry != (
-                conv.stride,
-                conv.padding,
-                conv.dilation,
-                conv.groups,
-                conv.padding_mode,
-            ):
-                return False
-        for bn, eps in self.norms:
-            if bn.eps != eps:
-                return False
-        for module, names, values in self.settings:
-            if tuple(getattr(module, name) for name in names) != values:
-                return False
-        # Last: it reads the memory, which the tests before it have shown to be there.
+        """Whether a call is what running layer by layer would come to, but for what was written
+        to parameters unnoticed, which the call itself sees."""
         return (
-            self.structure.holds()
-            and are_current(self.sources)
-            and (self.watch is None or self.watch.unchanged())
+            self.generation == _binding.generation()
+            and self.epoch == _pack.epoch()
+            and self._guard.holds()
         )
 
 
@@ -231,9 +232,10 @@ class Sequences:
         key = (batch_class(x), x.shape[1:])
         found = self._known.get(key)
         if found is not None:
-            if found.structure.modules[:1] == (network,) and found.holds():
+            if found.structure.modules[0] == network and found.holds():
                 y = found(x)
-                return y if found.whole else network._head(y)
+                if y is not None:
+                    return y if found.whole else network._head(y)
             self._known.pop(key, None)
         if not self._attempts.due(key):
             return network._head(network._trunk(x))
@@ -263,14 +265,14 @@ class Sequences:
         bit, on whether it ran layer by layer.
         """
         roots, key = (pool, linear), (batch_class(x), x.shape[1:])
-        known = self._heads.get(key)
-        if known is None or known[0] != roots or not (known[1] is None or known[1].holds()):
-            known = roots, self._verified_head(pool, linear, x)
-            keep(self._heads, key, known)
-        found = known[1]
-        if found is None:
+        known_roots, found = self._heads.get(key, (None, None))
+        y = found(x) if found is not None and known_roots == roots and found.holds() else None
+        if y is None and (found is not None or known_roots != roots):
+            found = self._verified_head(pool, linear, x)
+            keep(self._heads, key, (roots, found))
+            y = None if found is None else found(x)
+        if y is None:
             return linear(torch.flatten(pool(x), 1))
-        y = found(x)
         recorder = _recorder.active()
         if recorder is not None and recorder.head(pool, linear, x):
             recorder.result(y)
@@ -289,21 +291,28 @@ class Sequences:
         bias = None if linear.bias is None else linear.bias.double()
         truth = F.linear(images.double().mean((2, 3)), linear.weight.double(), bias)
         given = linear(torch.flatten(pool(images), 1))
-        return built if within_budget(built(images), given, truth).ok else None
+        y = built(images)
+        return built if y is not None and within_budget(y, given, truth).ok else None
 
 
 def build(structure: Structure, record: Recorder, whole: bool) -> Sequence | None:
     """The sequence of a record, or None where more might have run than was recorded."""
-    if not structure.is_plain():
+    if not structure.is_plain() or _library.native() is None:
         return None
     with torch.inference_mode(False), torch.no_grad():
         built = Sequence(structure, record, whole)
-    return built if built.holds() else None
+    # What the steps were made from may have been written to since they were.
+    fresh = are_current(record.sources) and all(
+        site.watch is None or site.watch.unchanged() for site in record.sites
+    )
+    return built if fresh and built.holds() else None
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor | None, b: Tensor) -> bool:
     """Whether every bit is the same."""
-    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+    return a is not None and torch.equal(
+        a.contiguous().view(torch.int32), b.contiguous().view(torch.int32)
+    )
 
 
 class Sequenced(nn.Module):
