@@ -32,14 +32,25 @@ inline int64_t band_tasks(const Geometry& g) {
 }
 
 // Line `h` of an image, from `padding` columns before it on, as `length` values; zeros outside.
-RF_INLINE inline void padded_line(const Geometry& g, const float* image, int64_t h, int64_t length,
-                                  float* to) {
+// From a planar image it is put together channel by channel: the one pass that the copy is anyway.
+RF_INLINE inline void padded_line(const Geometry& g, const float* image, bool planar, int64_t h,
+                                  int64_t length, float* to) {
   if (h < 0 || h >= g.in[1]) return std::fill_n(to, length, 0.0f), void();
-  const int64_t before = std::min(length, g.padding[2] * g.channels);
-  const int64_t inside = std::min(length - before, g.in[2] * g.channels);
+  const int64_t channels = g.channels, width = g.in[2];
+  const int64_t before = std::min(length, g.padding[2] * channels);
+  const int64_t inside = std::min(length - before, width * channels);
   std::fill_n(to, before, 0.0f);
-  std::memcpy(to + before, image + h * g.in[2] * g.channels, size_t(inside) * sizeof(float));
   std::fill_n(to + before + inside, length - before - inside, 0.0f);
+  if (!planar) {
+    std::memcpy(to + before, image + h * width * channels, size_t(inside) * sizeof(float));
+    return;
+  }
+  // `length` ends with a whole window: with a whole pixel.
+  for (int64_t c = 0; c < channels; ++c) {
+    const float* from = image + (c * g.in[1] + h) * width;
+    float* at = to + before + c;
+    for (int64_t w = 0; w < inside / channels; ++w) at[w * channels] = from[w];
+  }
 }
 
 template <typename K>
@@ -63,7 +74,7 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<float
     const int64_t used = (h1 - h0 - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
     for (int64_t line = 0; line < used; ++line) {
       const int64_t h = h0 * g.stride[1] - g.padding[1] + line;
-      padded_line(g, image, h, length, band + line * length);
+      padded_line(g, image, o.planar, h, length, band + line * length);
     }
     for (int64_t k0 = 0; k0 < g.filters; k0 += NR) {
       const bool whole = k0 + NR <= g.filters && clamp.is_clamp;

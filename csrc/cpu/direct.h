@@ -40,6 +40,7 @@ struct DirectOperands {
   const T* residual;
   T* y;
   Act act;
+  bool planar = false;  // x is contiguous NCHW; only where reads_bands(g) (band.h)
 };
 
 // The depth of packed weights: zeros fill the last step.

@@ -13,7 +13,7 @@
 #include <mutex>
 
 #include "../math/fingerprint.h"
-#include "direct.h"
+#include "band.h"
 #include "pool.h"
 #include "team.h"
 #include "window_pool.h"
@@ -49,6 +49,7 @@ struct Step {
 struct Value {
   int64_t channels = 0, height = 0, width = 0;
   int64_t first = -1, last = -1;  // the steps that write it and read it last
+  int64_t reads = 0;              // how often it is read
   int64_t at = -1, size = 0;      // floats from the arena's start
   int64_t count(int64_t batch) const { return batch * channels * height * width; }
 };
@@ -56,8 +57,8 @@ struct Value {
 class Sequence {
  public:
   Sequence(const Tensor& x, const std::vector<Tensor>& constants, IntList records) : x_(x) {
-    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && is_channels_last(x),
-                    "x: expected a float32 CPU tensor in channels-last memory, rank 4");
+    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float,
+                    "x: expected a float32 CPU tensor");
     STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0, "x: expected shape [N, C, H, W]");
     const auto fields = static_cast<int64_t>(records.size());
     STD_TORCH_CHECK(fields > 0 && fields % kFields == 0, "steps: expected ", kFields,
@@ -72,6 +73,10 @@ class Sequence {
       add(i, r, constants);
     }
     place();
+    // A stem reads its bands from either layout; anything else wants channels-last.
+    planar_ = x.is_contiguous() && !is_channels_last(x) && values_[0].reads == 1 &&
+              steps_[0].kind == Kind::direct && reads_bands(steps_[0].g);
+    if (!planar_) x_ = as_format(x, MemoryFormat::ChannelsLast);
   }
 
   int64_t arena_size() const { return arena_size_; }
@@ -90,16 +95,17 @@ class Sequence {
                                 : s.residual == 0 ? data_of<float>(x_)
                                                   : arena + values_[s.residual].at;
         float* out = &s == &steps_.back() ? y : arena + values_[s.out].at;
-        run_step(s, in, residual, out);
+        run_step(s, in, s.in == 0 && planar_, residual, out);
       }
     });
   }
 
  private:
-  static void run_step(const Step& s, const float* in, const float* residual, float* out) {
+  static void run_step(const Step& s, const float* in, bool planar, const float* residual,
+                       float* out) {
     switch (s.kind) {
       case Kind::direct:
-        return direct_fp32(s.g, {in, s.packed, s.scale, s.shift, residual, out, s.act});
+        return direct_fp32(s.g, {in, s.packed, s.scale, s.shift, residual, out, s.act, planar});
       case Kind::winograd2:
       case Kind::winograd4: {
         WinogradOperands o{in, s.packed, s.weight, {}, s.scale, s.shift, residual, out, s.act};
@@ -154,6 +160,7 @@ class Sequence {
     }
     if (convolves) bind(s, r, constants);
     from.last = i;
+    ++from.reads;
     values_[r.out] = {g.filters, g.out[1], g.out[2], i, i};
     if (r.residual >= 0) {
       Value& added = values_[r.residual];
@@ -162,6 +169,7 @@ class Sequence {
           added.channels == out.channels && added.height == out.height && added.width == out.width,
           "steps: expected a residual of the output's shape");
       added.last = i;
+      ++added.reads;
     }
     steps_.push_back(s);
   }
@@ -236,6 +244,7 @@ class Sequence {
   }
 
   Tensor x_;
+  bool planar_ = false;
   std::vector<Value> values_;
   std::vector<Step> steps_;
   int64_t arena_size_ = 0;

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resnet_fast.nn.prepared import batch_class, keep
 from resnet_fast.nn.recorder import Recorder
-from resnet_fast.nn.sequence import Attempts, Sequence, Structure, build, may_run, same_bits
+from resnet_fast.nn.sequence import Attempts, Sequence, Structure, agrees, build, may_run
 
 
 class Prefix:
@@ -58,17 +58,24 @@ class Prefix:
         return Recorder(x.contiguous(memory_format=torch.channels_last))
 
     def keep(
-        self, record: Recorder, count: int, modules: list[nn.Module], parents: list[nn.Module]
+        self,
+        record: Recorder,
+        count: int,
+        value: Tensor,
+        modules: list[nn.Module],
+        parents: list[nn.Module],
     ) -> None:
         """Keep the sequence of the first ``count`` steps of ``record``, if it does what they did.
 
         Args:
+            value: the last one's result.
             modules: those that the steps called.
             parents: those that they were looked up in.
         """
-        x, value = record.x, record.cut(count)
+        x = record.x
+        record.cut(count)
         built = build(Structure(modules, [*parents, *modules]), record, whole=False)
-        if built is None or not same_bits(built(x), value):
+        if built is None or not agrees(built, x, value):
             return
         key = (batch_class(x), x.shape[1:])
         keep(self._known, key, (count, built))

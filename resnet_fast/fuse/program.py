@@ -358,27 +358,27 @@ class Program:
     ) -> None:
         """Run all steps, and keep as many of the first ones as a sequence can stand for."""
         slots[0] = recorder.x
-        count = 0
+        ran, count, value = 0, 0, None
         with recorder():
             for step in self.steps[: self.cuts[-1]]:
                 read = [slots[ref.slot] for ref in step.args if isinstance(ref, Ref)]
                 self._run_steps([step], modules, slots, layout)
+                ran += 1
                 if step.kind == "module" and len(read) == len(step.args) == 1 and not step.kwargs:
                     module = modules[step.target.container]._modules[step.target.name]
                     recorder.max_pool(module, read[0], slots[step.out])
-                if len(recorder) != count + 1 or not recorder.holds(slots[step.out]):
+                if len(recorder) != ran or not recorder.holds(slots[step.out]):
                     break
-                count += 1
-        ran = count if count == self.cuts[-1] else count + 1
+                if ran in self.cuts:
+                    count, value = ran, slots[step.out]
         self._run_steps(self.steps[ran:], modules, slots, layout)
-        count = max((cut for cut in self.cuts if cut <= count), default=0)
-        if count:
+        if value is not None:
             called: list[Any] = [
                 modules[leaf.container]._modules[leaf.name]
                 for step in self.steps[:count]
                 for leaf in _leaves(step)
             ]
-            self.prefix.keep(recorder, count, called, modules)
+            self.prefix.keep(recorder, count, value, called, modules)
 
     def _run_steps(
         self, steps: list[Step], modules: list[nn.Module], slots: list[Any], contiguous: bool

@@ -8,6 +8,7 @@ between two layers is a value that the recorder does not know, and the record is
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,9 +59,11 @@ class Recorder:
         self.sites: list[Prepared] = []
         self.sources: list[Source] = []
         self.settings: list[tuple[nn.Module, tuple[str, ...]]] = []
-        self._values = {id(x): 0}
+        self.x = x
         self._marks = [(0, 0, 0, 0)]  # lengths of the lists above after each step
-        self._kept = [x]  # alive, so that no other tensor takes their identity
+        # By identity, and not kept alive: a network's activations are many.
+        self._values = {id(x): (weakref.ref(x), 0)}
+        self._last = weakref.ref(x)
 
     @contextmanager
     def __call__(self) -> Iterator[Recorder]:
@@ -74,22 +77,16 @@ class Recorder:
         """How many steps there are."""
         return len(self.steps) // STEP_FIELDS
 
-    @property
-    def x(self) -> Tensor:
-        """What the forward starts from."""
-        return self._kept[0]
-
     def holds(self, value: Any) -> bool:
         """Whether ``value`` is the last step's result."""
-        return len(self._kept) > 1 and self._kept[-1] is value
+        return len(self) > 0 and self._last() is value
 
-    def cut(self, count: int) -> Tensor:
-        """Forget all steps but the first ``count``; returns the last one's result."""
+    def cut(self, count: int) -> None:
+        """Forget all steps but the first ``count``."""
         constants, sites, sources, settings = self._marks[count]
-        del self.steps[count * STEP_FIELDS :], self._kept[count + 1 :], self._marks[count + 1 :]
+        del self.steps[count * STEP_FIELDS :], self._marks[count + 1 :]
         del self.constants[constants:], self.sites[sites:]
         del self.sources[sources:], self.settings[settings:]
-        return self._kept[-1]
 
     def site(
         self, prepared: Prepared, act: str, x: Tensor, residual: Tensor | None, y: Tensor
@@ -125,7 +122,7 @@ class Recorder:
         :meth:`result` names their result.
         """
         if (
-            id(x) not in self._values
+            self._number(x) is None
             or type(pool) is not nn.AdaptiveAvgPool2d
             or pool.output_size not in (1, (1, 1))
             or type(linear) is not nn.Linear
@@ -153,10 +150,10 @@ class Recorder:
         if layer is None:
             return False
         self.settings.append((pool, ("output_size",)))
-        pooled = x.new_empty(0)
+        pooled, y = x.new_empty(0), x.new_empty(0)
         self._enter("mean", x, None, pooled, (-1, 0, 0, *_NO_WINDOW))
         self._mark()
-        self._enter("direct", pooled, None, x.new_empty(0), self._fields(layer, "none", _NO_WINDOW))
+        self._enter("direct", pooled, None, y, self._fields(layer, "none", _NO_WINDOW))
         self.sources += sources
         self.constants += layer.constants()
         self._mark()
@@ -164,8 +161,8 @@ class Recorder:
 
     def result(self, y: Tensor) -> None:
         """Name the last step's result."""
-        self._values[id(y)] = len(self._kept) - 1
-        self._kept[-1] = y
+        self._last = weakref.ref(y)
+        self._values[id(y)] = (self._last, len(self))
 
     def _mark(self) -> None:
         lists: tuple[list[Any], ...] = (self.constants, self.sites, self.sources, self.settings)
@@ -178,11 +175,14 @@ class Recorder:
     def _enter(
         self, kind: str, x: Tensor, residual: Tensor | None, y: Tensor, fields: tuple[int, ...]
     ) -> bool:
-        read = self._values.get(id(x))
-        added = -1 if residual is None else self._values.get(id(residual))
-        if read is None or added is None or id(y) in self._values:
+        read = self._number(x)
+        added = -1 if residual is None else self._number(residual)
+        if read is None or added is None or self._number(y) is not None:
             return False
-        self.steps += [KINDS[kind], read, added, len(self._kept), *fields]
-        self._values[id(y)] = len(self._kept)
-        self._kept.append(y)
+        self.steps += [KINDS[kind], read, added, len(self) + 1, *fields]
+        self.result(y)
         return True
+
+    def _number(self, value: Tensor) -> int | None:
+        found = self._values.get(id(value))
+        return None if found is None or found[0]() is not value else found[1]
