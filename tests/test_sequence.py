@@ -249,6 +249,59 @@ def test_edits_show_in_the_next_forward(edit: Callable[[Any], None]) -> None:
         assert torch.equal(net(x), y)
 
 
+def test_sequences_of_other_sizes_do_not_keep_old_weights() -> None:
+    net = network()
+    for size in (64, 96):
+        ready(net, images(size=size))
+    assert len(list(net.sequences)) == 2
+    net.conv1.weight.mul_(2)
+    net(images(size=64))
+    assert not net.sequences._known
+    for size in (64, 96):
+        assert torch.equal(net(images(size=size)), by_layer(net, images(size=size)))
+
+
+def test_a_hook_that_has_gone_leaves_nothing() -> None:
+    net, x = network(), images()
+    sequence = ready(net, x)
+    expected = net(x)
+    net.fc.register_forward_hook(lambda module, args, y: y * 2).remove()
+    assert torch.equal(net(x), expected) and ready(net, x) is sequence
+    handle = net.fc.register_forward_hook(lambda module, args, y: y * 2)
+    assert not torch.equal(net(x), expected)
+    handle.remove()
+    assert torch.equal(net(x), expected)
+
+
+def test_a_lazily_negated_input() -> None:
+    net, x = network(), images()
+    ready(net, x)
+    assert torch.equal(net(torch._neg_view(x)), net(-x))
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B", "C"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cifar_networks(shortcut: str, channels: int) -> None:
+    torch.manual_seed(0)
+    made = models.CifarResNet(20, shortcut=shortcut, in_channels=channels)
+    net: Any = randomize_batchnorm_(made).eval()
+    x = torch.randn(3, channels, 28, 28)
+    first = net(x)
+    ready(net, x)
+    assert torch.equal(net(x), first)
+    assert torch.equal(net(x), by_layer(net, x))
+
+
+def test_a_shortcut_of_zeros_is_watched() -> None:
+    torch.manual_seed(0)
+    net: Any = randomize_batchnorm_(models.CifarResNet(20)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    ready(net, x)
+    expected = net(x)
+    net.layer2[0].downsample.forward = lambda x: torch.zeros(2, 32, 16, 16)
+    assert not torch.equal(net(x), expected)
+
+
 def test_global_hooks_run() -> None:
     net, x = network(), images()
     ready(net, x)
@@ -430,6 +483,15 @@ def test_max_pool(channels: int, kernel: int, stride: int, padding: int, dilatio
     assert torch.equal(y.nan_to_num(1e9), expected.nan_to_num(1e9))
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("filters", [5, 7, 64])
+def test_pad_channels(stride: int, filters: int) -> None:
+    x = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0))
+    window = (1, 1, stride, stride, 0, 0, 1, 1)
+    y = run(x, [], step("pad_channels", 0, 1, filters=filters, window=window))
+    assert torch.equal(y, F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, filters - 5)))
+
+
 @pytest.mark.parametrize("channels", [1, 16, 130])
 def test_mean(channels: int) -> None:
     x = torch.randn(3, channels, 7, 5, generator=torch.Generator().manual_seed(0))
@@ -487,6 +549,10 @@ def test_the_arena_is_smaller_than_the_values() -> None:
 HOSTILE: dict[str, list[int]] = {
     "no steps": [],
     "half a step": [0] * 14,
+    "channels of a window": step(
+        "pad_channels", 0, 1, filters=64, window=(3, 3, 1, 1, 2, 2, 1, 1)
+    ),
+    "fewer channels": step("pad_channels", 0, 1, filters=31),
     "unknown kind": [9, *step("mean", 0, 1)[1:]],
     "reads the future": step("mean", 1, 1),
     "reads below": step("mean", -1, 1),

@@ -22,7 +22,14 @@
 namespace resnet_fast::cpu {
 namespace {
 
-enum class Kind : int64_t { direct = 0, max_pool = 1, winograd2 = 2, mean = 3, winograd4 = 4 };
+enum class Kind : int64_t {
+  direct = 0,
+  max_pool = 1,
+  winograd2 = 2,
+  mean = 3,
+  winograd4 = 4,
+  pad_channels = 5  // every stride-th pixel, zeros for the channels that are new
+};
 
 // One step as the list holds it. Values are numbered; value 0 is the network's input.
 struct Record {
@@ -114,6 +121,8 @@ class Sequence {
       }
       case Kind::max_pool:
         return max_pool(s.g, in, out);
+      case Kind::pad_channels:
+        return pad_channels(s.g, in, out);
       case Kind::mean:
         return mean_pool(s.g.batch, s.g.in[1] * s.g.in[2], s.g.channels, in, out);
     }
@@ -122,10 +131,11 @@ class Sequence {
   // The steps of a list come in the order of their results: step i makes value i + 1, from values
   // made before it.
   void add(int64_t i, const Record& r, const std::vector<Tensor>& constants) {
-    STD_TORCH_CHECK(r.kind >= Kind::direct && r.kind <= Kind::winograd4, "steps: unknown kind");
+    STD_TORCH_CHECK(r.kind >= Kind::direct && r.kind <= Kind::pad_channels, "steps: unknown kind");
     STD_TORCH_CHECK(r.out == i + 1 && r.in >= 0 && r.in <= i && r.residual >= -1 && r.residual <= i,
                     "steps: a step reads what the steps before it wrote");
-    const bool convolves = r.kind != Kind::max_pool && r.kind != Kind::mean;
+    const bool pads = r.kind == Kind::pad_channels;
+    const bool convolves = r.kind != Kind::max_pool && r.kind != Kind::mean && !pads;
     STD_TORCH_CHECK(r.act >= 0 && r.act < kActCount, "steps: unknown activation");
     STD_TORCH_CHECK(convolves || (r.residual < 0 && r.act == 0),
                     "steps: only a convolution has a residual or an activation");
@@ -134,7 +144,11 @@ class Sequence {
     Geometry& g = s.g;
     g.batch = x_.size(0);
     g.channels = from.channels;
-    g.filters = convolves ? r.filters : from.channels;
+    STD_TORCH_CHECK(!pads || r.filters >= from.channels, "steps: fewer channels than there are");
+    STD_TORCH_CHECK(
+        !pads || (r.kernel[0] == 1 && r.kernel[1] == 1 && r.padding[0] == 0 && r.padding[1] == 0),
+        "steps: channels are added pixel by pixel");
+    g.filters = convolves || pads ? r.filters : from.channels;
     g.groups = 1;
     g.in = {1, from.height, from.width};
     g.kernel = g.stride = g.dilation = g.out = {1, 1, 1};

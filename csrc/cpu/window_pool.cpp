@@ -95,4 +95,18 @@ void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, 
   });
 }
 
+void pad_channels(const Geometry& g, const float* x, float* y) {
+  run_on_isa([&](auto isa) {
+    parallel_on<decltype(isa)::value>(g.pixels(), [&](int64_t begin, int64_t end) RF_INLINE {
+      for (int64_t pixel = begin; pixel < end; ++pixel) {
+        const Window at = window_of(g, pixel);
+        const float* from = x + at.image + (at.h * g.in[2] + at.w) * g.channels;
+        float* to = y + pixel * g.filters;
+        std::copy_n(from, g.channels, to);
+        std::fill_n(to + g.channels, g.filters - g.channels, 0.0f);
+      }
+    });
+  });
+}
+
 }  // namespace resnet_fast::cpu

@@ -1,5 +1,5 @@
-// Max pooling over windows and the mean over an image, channels-last fp32: what a residual network
-// has between its convolutions.
+// Max pooling over windows, the mean over an image and the shortcut without parameters,
+// channels-last fp32: what a residual network has between its convolutions.
 #pragma once
 
 #include "gather.h"
@@ -12,5 +12,8 @@ void max_pool(const Geometry& g, const float* x, float* y);
 
 // y[n][c] = the mean of x[n][pixel][c] over all pixels.
 void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, float* y);
+
+// y = x at every stride-th pixel, with zeros for the channels beyond its own: a 1x1 window of `g`.
+void pad_channels(const Geometry& g, const float* x, float* y);
 
 }  // namespace resnet_fast::cpu

@@ -123,7 +123,10 @@ def cpu_model() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, marked ``+`` when files differ from it; None elsewhere."""
+    """The checkout's commit, marked ``+`` when files differ from it; None elsewhere.
+
+    Results that are being written are no difference: one run writes several.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str | None:
@@ -139,7 +142,8 @@ def commit() -> str | None:
     if git("rev-parse", "--show-toplevel") != str(root):
         return None
     head = git("rev-parse", "--short=12", "HEAD")
-    return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results")
+    return head and head + ("+" if changed else "")
 
 
 def _version(module: str) -> str | None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fast.errors import ArgumentError
+from resnet_fast.nn import recorder as _recorder
 from resnet_fast.nn.blocks import (
     BasicBlock,
     PlainBlock,
@@ -20,6 +21,7 @@ from resnet_fast.nn.blocks import (
 from resnet_fast.nn.sequence import Sequenced, plain
 
 
+@plain
 class ZeroPadShortcut(nn.Module):
     """Option A: the identity at every ``stride``-th pixel, new channels zero. No parameters."""
 
@@ -29,8 +31,12 @@ class ZeroPadShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.new_planes))
+        taken = x[:, :, :: self.stride, :: self.stride]
+        y = F.pad(taken, (0, 0, 0, 0, 0, self.new_planes))
+        recorder = _recorder.active()
+        if recorder is not None:
+            recorder.pad_channels(self, self.stride, x, y)
+        return y
 
     def extra_repr(self) -> str:
         return f"new_planes={self.new_planes}, stride={self.stride}"

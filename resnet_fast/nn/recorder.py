@@ -22,7 +22,14 @@ from resnet_fast.ops._pack import Layer
 from resnet_fast.ops.activation import ACTIVATIONS
 
 # As csrc/cpu/sequence.cpp numbers them.
-KINDS = {"direct": 0, "max_pool": 1, "winograd2": 2, "mean": 3, "winograd4": 4}
+KINDS = {
+    "direct": 0,
+    "max_pool": 1,
+    "winograd2": 2,
+    "mean": 3,
+    "winograd4": 4,
+    "pad_channels": 5,
+}
 
 #: Integers in a step.
 STEP_FIELDS = 15
@@ -35,7 +42,7 @@ _active = threading.local()
 
 def active() -> Recorder | None:
     """The recorder of this thread, if one is active."""
-    return getattr(_active, "recorder", None)
+    return None if torch.compiler.is_compiling() else getattr(_active, "recorder", None)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -114,6 +121,13 @@ class Recorder:
         sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
         window = [n for size in sizes for n in _pair(size)]
         if self._enter("max_pool", x, None, y, (-1, 0, 0, *window)):
+            self._mark()
+
+    def pad_channels(self, module: nn.Module, stride: int, x: Tensor, y: Tensor) -> None:
+        """Enter a call that takes every ``stride``-th pixel of ``x`` and adds channels of zeros."""
+        window = (1, 1, stride, stride, 0, 0, 1, 1)
+        if self._enter("pad_channels", x, None, y, (-1, 0, y.shape[1], *window)):
+            self.settings.append((module, ("new_planes", "stride")))
             self._mark()
 
     def head(self, pool: nn.Module, linear: nn.Module, x: Tensor) -> bool:

@@ -179,6 +179,7 @@ def may_run(x: Any) -> bool:
         type(x) is Tensor
         and x.dtype is torch.float32
         and x.device.type == "cpu"
+        and x.layout is torch.strided
         and x.dim() == 4
         and x.shape[0] > 0
         and not torch.is_grad_enabled()
@@ -236,7 +237,8 @@ class Sequences:
                 y = found(x)
                 if y is not None:
                     return y if found.whole else network._head(y)
-            self._known.pop(key, None)
+            # Sequences of other sizes may hold the same old weights.
+            self._known = {k: s for k, s in list(self._known.items()) if s.holds() and k != key}
         if not self._attempts.due(key):
             return network._head(network._trunk(x))
         # Sites convert their input once for the whole network; done here, it is the same tensor.
@@ -267,7 +269,8 @@ class Sequences:
         roots, key = (pool, linear), (batch_class(x), x.shape[1:])
         known_roots, found = self._heads.get(key, (None, None))
         y = found(x) if found is not None and known_roots == roots and found.holds() else None
-        if y is None and (found is not None or known_roots != roots):
+        stale = found is not None or known_roots != roots
+        if y is None and (stale or self._attempts.due(("head", *key))):
             found = self._verified_head(pool, linear, x)
             keep(self._heads, key, (roots, found))
             y = None if found is None else found(x)
@@ -299,6 +302,8 @@ def build(structure: Structure, record: Recorder, whole: bool) -> Sequence | Non
     """The sequence of a record, or None where more might have run than was recorded."""
     if not structure.is_plain() or _library.native() is None:
         return None
+    if any(name not in m.__dict__ for m, names in record.settings for name in names):
+        return None  # computed at each look
     with torch.inference_mode(False), torch.no_grad():
         built = Sequence(structure, record, whole)
     # What the steps were made from may have been written to since they were.
