@@ -10,9 +10,12 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from resnet_fast.fuse import Explanation
 
 EPILOG = "Add --debug to any command for a traceback."
 
@@ -380,17 +383,17 @@ def explain(
     _check_device(device)
     _check_images(batch, size)
     with _status(f"verifying the sites of {model}"):
-        rows = explain_rows(model, batch, dtype, size, device)
+        told = explanation(model, batch, dtype, size, device)
     if json_:
-        _print_json(rows)
+        _print_json(told.rows)
     else:
-        print_rows(rows, _console())
+        print_explanation(told, _console())
 
 
-def explain_rows(
+def explanation(
     model: str, batch: int, dtype: str, size: int | None, device: str
-) -> list[dict[str, Any]]:
-    """Run a network once in eval mode and return its sites' rows."""
+) -> Explanation:
+    """Run a network in eval mode, as often as it takes to decide all, and explain it."""
     import torch
 
     from resnet_fast import verify as verification
@@ -401,24 +404,24 @@ def explain_rows(
     side = verification.default_size(model) if size is None else size
     x = torch.randn(batch, 3, side, side, device=device).to(torch_dtype)
     with torch.inference_mode():
-        network(x)
-    return explained(network).rows
+        for _ in range(2):  # every site is decided, then the layers are recorded
+            network(x)
+    return explained(network)
 
 
-def print_rows(rows: list[dict[str, Any]], console: Any) -> None:
-    """Print site rows as a table, what their reasons mean and how many are fused."""
-    from resnet_fast.fuse.explain import Explanation
-
+def print_explanation(told: Explanation, console: Any) -> None:
+    """Print the sites as a table, what their reasons mean, how many are fused, and the calls."""
+    rows = told.rows
     table = _rows_table(rows, ("op", "input", "weight", "act"))
     unbounded = console.options.update(max_width=1000)
     narrow = console.measure(table, options=unbounded).maximum > console.width
     console.print(_rows_table(rows, ()) if narrow else table)
     if narrow:
         console.print("op, input, weight and act: in a wider terminal, or by --json")
-    told = Explanation(rows)
     for code, meaning in told.meanings.items():
         console.print(f"{code}: {meaning}", highlight=False, markup=False)
-    console.print(told.summary, highlight=False)
+    for line in (*told.calls, told.summary):
+        console.print(line, highlight=False)
 
 
 def _rows_table(rows: list[dict[str, Any]], described: tuple[str, ...]) -> Any:

@@ -219,7 +219,8 @@ def _print_networks(
 
 
 def _explain(quick: bool, device: str, console: Console) -> None:
-    from resnet_fast.cli import explain_rows, print_rows
+    from resnet_fast.cli import explanation, print_explanation
 
     dtype = "fp16" if device == "cuda" else "fp32"
-    print_rows(explain_rows("resnet18", 1, dtype, 64 if quick else None, device), console)
+    told = explanation("resnet18", 1, dtype, 64 if quick else None, device)
+    print_explanation(told, console)

@@ -15,6 +15,8 @@ from rich.console import Console
 
 from resnet_fast import __version__, cli, verify
 from resnet_fast.bench import BenchError, runner
+from resnet_fast.fuse import Explanation
+from resnet_fast.ops import _checks
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -200,6 +202,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layer4.1.conv2" in out and "OK: the candidate was verified" in out
     assert " us " not in out.splitlines()[0]  # nothing was timed
     assert out.splitlines()[-1] == "20 of 20 sites fused"
+    if _checks.has_op("_run_sequence"):
+        assert "23 layers run as one native call at 3x64x64" in out.splitlines()[-2]
 
 
 def test_explain_fits_a_narrow_terminal() -> None:
@@ -209,7 +213,7 @@ def test_explain_fits_a_narrow_terminal() -> None:
     row |= {"error": 1e-6, "limit": 1e-5, "bytes": 10_000_000}
     for width, whole in ((80, False), (160, True)):
         out = io.StringIO()
-        cli.print_rows([row], Console(file=out, width=width))
+        cli.print_explanation(Explanation([row]), Console(file=out, width=width))
         heading, line = out.getvalue().splitlines()[:2]
         assert "…" not in line and line.split()[-3:] == ["1.0e-06", "1.0e-05", "10.00"]
         assert ("1x128x28x28" in line and "weight" in heading) == whole
