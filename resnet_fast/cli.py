@@ -390,9 +390,7 @@ def explain(
         print_explanation(told, _console())
 
 
-def explanation(
-    model: str, batch: int, dtype: str, size: int | None, device: str
-) -> Explanation:
+def explanation(model: str, batch: int, dtype: str, size: int | None, device: str) -> Explanation:
     """Run a network in eval mode, as often as it takes to decide all, and explain it."""
     import torch
 

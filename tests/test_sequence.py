@@ -549,9 +549,7 @@ def test_the_arena_is_smaller_than_the_values() -> None:
 HOSTILE: dict[str, list[int]] = {
     "no steps": [],
     "half a step": [0] * 14,
-    "channels of a window": step(
-        "pad_channels", 0, 1, filters=64, window=(3, 3, 1, 1, 2, 2, 1, 1)
-    ),
+    "channels of a window": step("pad_channels", 0, 1, filters=64, window=(3, 3, 1, 1, 2, 2, 1, 1)),
     "fewer channels": step("pad_channels", 0, 1, filters=31),
     "unknown kind": [9, *step("mean", 0, 1)[1:]],
     "reads the future": step("mean", 1, 1),
