@@ -28,7 +28,8 @@ struct Panel {
   static constexpr int64_t kStride = kDepth + 64 / sizeof(T);  // an odd number of cache lines
 };
 
-constexpr int64_t kChunk = 98;   // pixels: 7 register tiles of 14
+constexpr int64_t kChunk = 98;  // pixels: 7 register tiles of 14
+constexpr int64_t kShortChain = 16;
 constexpr int64_t kStrip = 256;  // filters: the chunk's sums and panel fit 256 KiB
 
 template <typename T>
@@ -90,6 +91,8 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   thread_local Scratch panel_memory, sums_memory;
   const int64_t depth = g.depth(), padded = padded_depth<K>(depth), pixels = g.pixels();
   const Clamp clamp = clamp_of(o.act);
+  // A classifier's sums are the network's result, and so few that short chains cost nothing.
+  const int64_t chain = pixels == g.batch ? std::min<int64_t>(K::kChain, kShortChain) : K::kChain;
   // Rows a multiple of 2 KiB apart would share two cache sets.
   const bool in_place = g.taps() == 1 && g.pixels() == g.batch * g.in[0] * g.in[1] * g.in[2] &&
                         g.padding == std::array<int64_t, 3>{} && depth <= kDepth && depth == padded;
@@ -137,7 +140,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       const Runs runs_ahead(g, 0, g.channels, p0, std::min(depth, p0 + kDepth));
       TileOut<T> out{};
       out.sums_stride = sums_stride;
-      out.chain = K::kChain;
+      out.chain = chain;
       out.accumulate = d0 > 0;
       out.y_stride = g.filters;
       out.low = clamp.low;

@@ -72,6 +72,7 @@ void max_pool(const Geometry& g, const float* x, float* y) {
 
 void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, float* y) {
   constexpr int64_t kPiece = 8 * kLanes;  // channels a task takes: whole lines of memory
+  constexpr int64_t kChain = 8;           // pixels added one after the other (tile.h)
   const int64_t pieces = (channels + kPiece - 1) / kPiece;
   const float count = static_cast<float>(pixels);
   run_on_isa([&](auto isa) {
@@ -82,10 +83,14 @@ void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, 
         float* to = y + at / pieces * channels + c0;
         each_step(std::min(kPiece, channels - c0), [&](int64_t c, auto copy) RF_INLINE {
           Vec sum = {};
-          for (int64_t p = 0; p < pixels; ++p) {
-            Vec v = {};
-            copy(&v, from + p * channels + c);
-            sum += v;
+          for (int64_t first = 0; first < pixels; first += kChain) {
+            Vec part = {};
+            for (int64_t p = first; p < std::min(pixels, first + kChain); ++p) {
+              Vec v = {};
+              copy(&v, from + p * channels + c);
+              part += v;
+            }
+            sum += part;
           }
           sum /= Vec{} + count;
           copy(to + c, &sum);

@@ -519,6 +519,9 @@ def _cuts(steps: list[Step], inputs: int) -> list[int]:
     for step in steps:
         found: set[int] = set()
         _slots((step.args, step.kwargs), found)
+        # While a program is recorded its input is in channels-last, which to a site is the same.
+        if 0 in found and step.kind != "site":
+            return []
         reads.append(found)
     cuts = []
     later: set[int] = set()  # what the steps from here on read of those before
