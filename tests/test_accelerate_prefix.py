@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from sequence_support import needs_sequences
 from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast.fuse.capture import STATE
 from resnet_fast.fuse.program import Program
-from resnet_fast.ops import _checks
 from resnet_fast.testing.networks import randomize_batchnorm_
 
 torchvision = pytest.importorskip("torchvision")
-pytestmark = pytest.mark.skipif(
-    not _checks.has_op("_run_sequence"), reason="the CPU op library is not loaded"
-)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = [needs_sequences, pytest.mark.usefixtures("no_grad")]
 
 
 def model(seed: int = 0) -> Any:

@@ -12,7 +12,8 @@ from resnet_fast.errors import ArgumentError
 from resnet_fast.fuse.capture import STATE, conv_paths, is_site
 from resnet_fast.fuse.match import REASONS
 from resnet_fast.fuse.prefix import Prefix
-from resnet_fast.fuse.program import Program, SiteTarget, site_refusal
+from resnet_fast.fuse.program import Program, site_refusal
+from resnet_fast.fuse.steps import SiteTarget
 from resnet_fast.nn.sequence import Sequenced, Sequences
 from resnet_fast.plan import REASONS as PLAN_REASONS
 from resnet_fast.plan import model_rows

@@ -8,12 +8,9 @@ the program refuses, and the model's own forward runs over the unfused modules.
 
 from __future__ import annotations
 
-import builtins
-import inspect
-import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +25,18 @@ from resnet_fast.fuse.capture import (
 )
 from resnet_fast.fuse.match import Match, is_inplace_function, module_activation, norm_refusal
 from resnet_fast.fuse.prefix import Prefix
+from resnet_fast.fuse.steps import (
+    Leaf,
+    Link,
+    Ref,
+    SiteTarget,
+    Step,
+    cuts_of,
+    from_name,
+    leaves_of,
+    loaded,
+    to_name,
+)
 from resnet_fast.nn.recorder import Recorder
 from resnet_fast.ops import activation
 
@@ -61,70 +70,6 @@ _LAYOUT_FREE_FUNCTIONS = {
 }
 _LAYOUT_FREE_METHODS = {"add", "add_", "dim", "flatten", "mul", "mul_", "relu", "relu_", "size"}
 _PLANNED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_FUNCTION_HOMES = {
-    "torch.nn.functional": F,
-    "torch": torch,
-    "operator": operator,
-    "builtins": builtins,
-    "math": math,
-}
-
-
-class Ref:
-    """An argument that is the value in a slot."""
-
-    __slots__ = ("slot",)
-
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
-
-    def __repr__(self) -> str:
-        return f"%{self.slot}"
-
-
-class Leaf(NamedTuple):
-    """A module by its container's index and its name there."""
-
-    container: int
-    name: str
-
-
-class SiteTarget(NamedTuple):
-    """The modules of a site and what they compute together."""
-
-    conv: Leaf
-    bn: Leaf | None
-    act_module: Leaf | None
-    act: str
-    child: str
-    path: str
-
-
-class Step(NamedTuple):
-    """``slots[out] = kind(target)(*args, **kwargs)``, then the slots in ``free`` are dropped."""
-
-    kind: str
-    out: int
-    target: Any
-    args: Any
-    kwargs: Any
-    free: tuple[int, ...]
-
-
-class Link(NamedTuple):
-    """A container of the traced structure: its parent's index, its name, its children's count."""
-
-    parent: int
-    name: str
-    size: int
-
-
-class Named(NamedTuple):
-    """A function on its way through pickle."""
-
-    home: str
-    name: str
 
 
 class Program:
@@ -165,17 +110,17 @@ class Program:
         self.result = 0
         self._lower(root, captured.graph, matches, child)
         #: Counts of first steps of whose values the later ones use the last alone.
-        self.cuts = _cuts(self.steps, len(self.signature.dynamic))
+        self.cuts = cuts_of(self.steps, len(self.signature.dynamic))
         self.prefix = Prefix()
 
     def __getstate__(self) -> dict[str, Any]:
         # Some of torch's functions are closures, and pickle only by the name they are known by.
-        steps = [step._replace(target=_to_name(step.target)) for step in self.steps]
+        steps = [step._replace(target=to_name(step.target)) for step in self.steps]
         return self.__dict__ | {"steps": steps, "observe": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.steps = [step._replace(target=_from_name(step.target)) for step in self.steps]
+        self.steps = [step._replace(target=from_name(step.target)) for step in self.steps]
 
     # From graph to steps.
 
@@ -376,7 +321,7 @@ class Program:
             called: list[Any] = [
                 modules[leaf.container]._modules[leaf.name]
                 for step in self.steps[:count]
-                for leaf in _leaves(step)
+                for leaf in leaves_of(step)
             ]
             self.prefix.keep(recorder, count, value, called, modules)
 
@@ -394,12 +339,12 @@ class Program:
                 )
             elif kind == "module":
                 module = modules[target.container]._modules[target.name]
-                value = module(*_load(args, slots), **_load(kwargs, slots))
+                value = module(*loaded(args, slots), **loaded(kwargs, slots))
             elif kind == "function":
-                value = target(*_load(args, slots), **_load(kwargs, slots))
+                value = target(*loaded(args, slots), **loaded(kwargs, slots))
             elif kind == "method":
-                receiver, *rest = _load(args, slots)
-                value = getattr(receiver, target)(*rest, **_load(kwargs, slots))
+                receiver, *rest = loaded(args, slots)
+                value = getattr(receiver, target)(*rest, **loaded(kwargs, slots))
             elif kind == "layout":
                 value = slots[args[0].slot]
                 if contiguous and isinstance(value, Tensor):
@@ -407,7 +352,7 @@ class Program:
             elif kind == "attr":
                 value = getattr(modules[target.container], target.name)
             else:
-                value = _load(args[0], slots)
+                value = loaded(args[0], slots)
             slots[out] = value
             for index in free:
                 slots[index] = None
@@ -485,76 +430,3 @@ def site_refusal(target: SiteTarget, program: Program, root: nn.Module) -> str |
 
 def _lookup(modules: list[nn.Module], leaf: Leaf | None) -> Any:
     return None if leaf is None else modules[leaf.container]._modules[leaf.name]
-
-
-def _load(arg: Any, slots: list[Any]) -> Any:
-    kind = type(arg)
-    if kind is Ref:
-        return slots[arg.slot]
-    if kind is tuple:
-        return tuple([_load(item, slots) for item in arg])
-    if kind is list:
-        return [_load(item, slots) for item in arg]
-    if kind is dict:
-        return {key: _load(item, slots) for key, item in arg.items()}
-    if kind is slice:
-        return slice(_load(arg.start, slots), _load(arg.stop, slots), _load(arg.step, slots))
-    if isinstance(arg, tuple):
-        return kind(*[_load(item, slots) for item in arg])
-    return arg
-
-
-def _leaves(step: Step) -> list[Leaf]:
-    """The modules that a step looks up."""
-    if step.kind == "site":
-        found = (step.target.conv, step.target.bn, step.target.act_module)
-        return [leaf for leaf in found if leaf is not None]
-    return [step.target] if step.kind == "module" else []
-
-
-def _cuts(steps: list[Step], inputs: int) -> list[int]:
-    if inputs != 1:
-        return []
-    reads: list[set[int]] = []
-    for step in steps:
-        found: set[int] = set()
-        _slots((step.args, step.kwargs), found)
-        # While a program is recorded its input is in channels-last, which to a site is the same.
-        if 0 in found and step.kind != "site":
-            return []
-        reads.append(found)
-    cuts = []
-    later: set[int] = set()  # what the steps from here on read of those before
-    for count in range(len(steps) - 1, 0, -1):
-        later = (later - {steps[count].out}) | reads[count]
-        if later == {steps[count - 1].out}:
-            cuts.append(count)
-    return cuts[::-1]
-
-
-def _slots(arg: Any, found: set[int]) -> None:
-    if isinstance(arg, Ref):
-        found.add(arg.slot)
-    elif isinstance(arg, (tuple, list)):
-        for item in arg:
-            _slots(item, found)
-    elif isinstance(arg, dict):
-        _slots(list(arg.values()), found)
-    elif isinstance(arg, slice):
-        _slots([arg.start, arg.stop, arg.step], found)
-
-
-def _to_name(target: Any) -> Any:
-    if not callable(target) or inspect.isclass(target):
-        return target
-    name = getattr(target, "__name__", "")
-    for home, module in _FUNCTION_HOMES.items():
-        if getattr(module, name, None) is target:
-            return Named(home, name)
-    return target
-
-
-def _from_name(target: Any) -> Any:
-    if isinstance(target, Named):
-        return getattr(_FUNCTION_HOMES[target.home], target.name)
-    return target

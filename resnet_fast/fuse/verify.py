@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast.errors import AccelerateError
 from resnet_fast.fuse.capture import mode, untouched_rng
-from resnet_fast.fuse.program import Program, SiteTarget, run_site, run_unfused
+from resnet_fast.fuse.program import Program, run_site, run_unfused
+from resnet_fast.fuse.steps import SiteTarget
 from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 
 
