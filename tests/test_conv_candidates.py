@@ -17,7 +17,7 @@ from torch import Tensor
 
 import resnet_fast
 from resnet_fast import _library
-from resnet_fast.ops import activation, conv_bn_act_onednn
+from resnet_fast.ops import activation, conv_bn_act_direct, conv_bn_act_onednn
 from resnet_fast.plan.candidate import CANDIDATES, ConvArgs, default_order, run_aten
 from resnet_fast.plan.site import Site, device_name
 from resnet_fast.plan.verify import random_inputs, verify
@@ -333,12 +333,13 @@ def test_special_weights(name: str) -> None:
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float32") for name in REGISTRATIONS), ("onednn", "bfloat16")],
+    [(name, dtype) for name in REGISTRATIONS for dtype in ("float32", "bfloat16")],
 )
 def test_registrations(name: str, dtype: str, residual: bool, parameters: str) -> None:
     """The op a traced graph holds: schema, fake and aliasing."""
-    if name == "onednn" and not conv_bn_act_onednn.available(getattr(torch, dtype)):
-        pytest.skip(f"oneDNN does not run {dtype} on this processor")
+    available = {"onednn": conv_bn_act_onednn, "direct": conv_bn_act_direct}
+    if name in available and not available[name].available(getattr(torch, dtype)):
+        pytest.skip(f"{name} does not run {dtype} on this processor")
     site = site_of(
         (2, 9, 6, 5),
         (7, 9, 3, 3),

@@ -20,10 +20,14 @@ import resnet_fast
 from resnet_fast import models, plan
 from resnet_fast.nn.blocks import Bottleneck
 from resnet_fast.nn.sequence import Sequenced, plain
-from resnet_fast.ops import _pack
+from resnet_fast.ops import _pack, conv_bn_act_direct
 from resnet_fast.testing.budget import expect_within_budget
 from resnet_fast.testing.networks import randomize_batchnorm_
 
+needs_bf16 = pytest.mark.skipif(
+    not conv_bn_act_direct.available(torch.bfloat16),
+    reason="this CPU, or this process, has no AVX512_BF16",
+)
 pytestmark = [needs_sequences, pytest.mark.usefixtures("no_grad")]
 
 
@@ -66,6 +70,34 @@ def test_against_fp64() -> None:
     ready(net, x)
     reference = resnet_fast.nn.unfuse_(copy.deepcopy(net))
     expect_within_budget(net(x), reference(x), reference.double()(x.double()))
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "cifar_resnet20"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bf16(name: str, batch: int) -> None:
+    """The same bits as layer by layer, and those within the budget."""
+    net, x = network(name).bfloat16(), images(batch).bfloat16()
+    assert ready(net, x).whole
+    y = net(x)
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(y, by_layer(net, x))
+    assert torch.equal(y, net(x.contiguous(memory_format=torch.channels_last)))
+    reference = resnet_fast.nn.unfuse_(copy.deepcopy(net))
+    expect_within_budget(y, reference(x), reference.double()(x.double()))
+
+
+@needs_bf16
+def test_a_network_that_changes_its_dtype() -> None:
+    net, x = network(), images()
+    ready(net, x)
+    half = copy.deepcopy(net).bfloat16()
+    expected = by_layer(half, x.bfloat16())
+    net.bfloat16()
+    for _ in range(4):
+        assert torch.equal(net(x.bfloat16()), expected)
+    net.float()
+    assert net(x).dtype is torch.float32
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -328,8 +360,9 @@ def test_gradients_and_training_run_layer_by_layer() -> None:
     assert net.bn1.num_batches_tracked == 1
 
 
-def test_autocast_runs_layer_by_layer() -> None:
-    net, x = network(), images()
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_autocast_runs_layer_by_layer(name: str) -> None:
+    net, x = network(name), images()
     ready(net, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert net(x).dtype is torch.bfloat16

@@ -43,13 +43,19 @@ def run(x: Tensor, constants: list[Tensor], steps: list[int], watched: Any = ())
         OPS._free_sequence(handle)
 
 
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 7, 16, 40])
 @pytest.mark.parametrize(
     "kernel, stride, padding, dilation",
     [(3, 2, 1, 1), (2, 2, 0, 1), (5, 1, 2, 1), (3, 1, 1, 2), (1, 3, 0, 1), (4, 3, 2, 3)],
 )
-def test_max_pool(channels: int, kernel: int, stride: int, padding: int, dilation: int) -> None:
-    x = torch.randn(2, channels, 13, 17, generator=torch.Generator().manual_seed(0))
+def test_max_pool(
+    channels: int, kernel: int, stride: int, padding: int, dilation: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, channels, 13, 17, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, 0, 3, 4], x[1, -1, 0, 0], x[1, 0, 6:] = torch.nan, torch.inf, -torch.inf
     window = (kernel, kernel, stride, stride, padding, padding, dilation, dilation)
     y = run(x, [], step("max_pool", 0, 1, window=window))
@@ -57,18 +63,20 @@ def test_max_pool(channels: int, kernel: int, stride: int, padding: int, dilatio
     assert torch.equal(y.nan_to_num(1e9), expected.nan_to_num(1e9))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("filters", [5, 7, 64])
-def test_pad_channels(stride: int, filters: int) -> None:
-    x = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0))
+def test_pad_channels(stride: int, filters: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
     window = (1, 1, stride, stride, 0, 0, 1, 1)
     y = run(x, [], step("pad_channels", 0, 1, filters=filters, window=window))
     assert torch.equal(y, F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, filters - 5)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 16, 130])
-def test_mean(channels: int) -> None:
-    x = torch.randn(3, channels, 7, 5, generator=torch.Generator().manual_seed(0))
+def test_mean(channels: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, channels, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = run(x, [], step("mean", 0, 1))
     given = F.adaptive_avg_pool2d(x, 1)
     expect_within_budget(y, given, x.double().mean((2, 3), keepdim=True))
@@ -165,9 +173,11 @@ def test_hostile_tensors() -> None:
             constants[index] = wrong
             with pytest.raises(RuntimeError, match="constants"):
                 run(x, constants, steps)
-    for bad in (x.double(), x[0], x.bfloat16()):
+    for bad in (x.double(), x[0], x.bfloat16(), x.half()):
         handle = OPS._make_sequence(convolution(), steps, [])
-        with pytest.raises(RuntimeError, match="x: "):
+        # What was packed in fp32 does not serve bf16.
+        expected = "constants" if bad.dtype is torch.bfloat16 else "x: "
+        with pytest.raises(RuntimeError, match=expected):
             OPS._run_sequence(bad, handle)
         OPS._free_sequence(handle)
 

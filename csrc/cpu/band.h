@@ -1,4 +1,4 @@
-// The direct convolution of few channels, fp32: windows read in place, out of a padded band.
+// The direct convolution of few channels: windows read in place, out of a padded band.
 //
 // A stem's windows overlap: gathered as rows of a matrix (direct.h), 7x7 windows at stride 2 are
 // twelve copies of the image, a quarter of the layer's time. In a copy with its padding written
@@ -18,8 +18,7 @@
 
 namespace resnet_fast::cpu {
 
-constexpr int64_t kBandRows = 4;       // lines of output a task makes
-constexpr int64_t kBandChannels = 16;  // from here on gathering costs little beside the product
+constexpr int64_t kBandRows = 4;  // lines of output a task makes
 
 // Whether the windows are worth reading this way.
 inline bool reads_bands(const Geometry& g) {
@@ -33,52 +32,63 @@ inline int64_t band_tasks(const Geometry& g) {
 
 // Line `h` of an image, from `padding` columns before it on, as `length` values; zeros outside.
 // From a planar image it is put together channel by channel: the one pass that the copy is anyway.
-RF_INLINE inline void padded_line(const Geometry& g, const float* image, bool planar, int64_t h,
-                                  int64_t length, float* to) {
-  if (h < 0 || h >= g.in[1]) return std::fill_n(to, length, 0.0f), void();
+// A pixel takes `wide` values there, the ones beyond its channels zero.
+template <typename T>
+RF_INLINE inline void padded_line(const Geometry& g, const T* image, bool planar, int64_t h,
+                                  int64_t wide, int64_t length, T* to) {
+  if (h < 0 || h >= g.in[1]) return std::fill_n(to, length, T{}), void();
   const int64_t channels = g.channels, width = g.in[2];
-  const int64_t before = std::min(length, g.padding[2] * channels);
-  const int64_t inside = std::min(length - before, width * channels);
-  std::fill_n(to, before, 0.0f);
-  std::fill_n(to + before + inside, length - before - inside, 0.0f);
-  if (!planar) {
-    std::memcpy(to + before, image + h * width * channels, size_t(inside) * sizeof(float));
+  const int64_t before = std::min(length, g.padding[2] * wide);
+  // `length` ends with a whole window: with a whole pixel.
+  const int64_t pixels = std::min((length - before) / wide, width), inside = pixels * wide;
+  std::fill_n(to, before, T{});
+  std::fill_n(to + before + inside, length - before - inside, T{});
+  to += before;
+  if (!planar && wide == channels) {
+    std::memcpy(to, image + h * width * channels, size_t(inside) * sizeof(T));
     return;
   }
-  // `length` ends with a whole window: with a whole pixel.
   for (int64_t c = 0; c < channels; ++c) {
-    const float* from = image + (c * g.in[1] + h) * width;
-    float* at = to + before + c;
-    for (int64_t w = 0; w < inside / channels; ++w) at[w * channels] = from[w];
+    const T* from = image + (planar ? (c * g.in[1] + h) * width : h * width * channels + c);
+    const int64_t step = planar ? 1 : channels;
+    for (int64_t w = 0; w < pixels; ++w) to[w * wide + c] = from[w * step];
+  }
+  for (int64_t c = channels; c < wide; ++c) {
+    for (int64_t w = 0; w < pixels; ++w) to[w * wide + c] = T{};
   }
 }
 
 template <typename K>
-RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<float>& o, int64_t begin,
-                                   int64_t end) {
+RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typename K::T>& o,
+                                   int64_t begin, int64_t end) {
+  using T = typename K::T;
   constexpr int64_t NR = K::kBlock;
   constexpr int kRows = K::kRows;
   thread_local Scratch band_memory;
-  const int64_t bands = (g.out[1] + kBandRows - 1) / kBandRows, depth = g.depth();
-  const int64_t step = g.stride[2] * g.channels, run = g.kernel[2] * g.channels;
+  const int64_t bands = (g.out[1] + kBandRows - 1) / kBandRows;
+  const int64_t wide = band_channels<K>(g.channels), depth = g.taps() * wide;
+  const bool packed_apart = band_depth<K>(g.channels, g.taps()) > 0;
+  const int64_t blocks = (g.filters + NR - 1) / NR;
+  const T* packed = o.packed + (packed_apart ? blocks * NR * padded_depth<K>(g.depth()) : 0);
+  const int64_t step = g.stride[2] * wide, run = g.kernel[2] * wide;
   const int64_t length = (g.out[2] - 1) * step + run;
   const int64_t lines = (kBandRows - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
-  float* band = band_memory.get<float>(lines * length);
+  T* band = band_memory.get<T>(lines * length);
   alignas(64) float sums[kRows * NR];
   const Clamp clamp = clamp_of(o.act);
   const int64_t pieces = (g.out[2] + kRows - 1) / kRows;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / bands, h0 = task % bands * kBandRows;
     const int64_t h1 = std::min(g.out[1], h0 + kBandRows);
-    const float* image = o.x + n * g.in[1] * g.in[2] * g.channels;
+    const T* image = o.x + n * g.in[1] * g.in[2] * g.channels;
     const int64_t used = (h1 - h0 - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
     for (int64_t line = 0; line < used; ++line) {
       const int64_t h = h0 * g.stride[1] - g.padding[1] + line;
-      padded_line(g, image, o.planar, h, length, band + line * length);
+      padded_line(g, image, o.planar, h, wide, length, band + line * length);
     }
     for (int64_t k0 = 0; k0 < g.filters; k0 += NR) {
       const bool whole = k0 + NR <= g.filters && clamp.is_clamp;
-      TileOut<float> out{};
+      TileOut<T> out{};
       out.sums = sums;
       out.sums_stride = NR;
       out.chain = K::kChain;
@@ -93,10 +103,10 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<float
           const int64_t w = cut_at(g.out[2], pieces, piece);
           const int64_t rows = cut_at(g.out[2], pieces, piece + 1) - w;
           const int64_t at = ((n * g.out[1] + h) * g.out[2] + w) * g.filters + k0;
-          const float* from = band + (h - h0) * g.stride[1] * length + w * step;
+          const T* from = band + (h - h0) * g.stride[1] * length + w * step;
           out.y = o.y + at;
           out.residual = o.residual == nullptr ? nullptr : o.residual + at;
-          K::multiply(rows, {from, step, run, g.dilation[1] * length}, o.packed + k0 * depth, depth,
+          K::multiply(rows, {from, step, run, g.dilation[1] * length}, packed + k0 * depth, depth,
                       out);
           if (!whole) {
             finish_rows(o, g.filters, rows, std::min(NR, g.filters - k0), sums, NR, k0, at);

@@ -22,9 +22,9 @@ struct DirectFp32 {
   }
 };
 
-int64_t packed_size(ScalarType dtype, int64_t filters, int64_t depth) {
-  return dtype == ScalarType::BFloat16 ? direct_bf16_packed_size(filters, depth)
-                                       : direct_fp32_packed_size(filters, depth);
+int64_t packed_size(ScalarType dtype, int64_t filters, int64_t channels, int64_t taps) {
+  return dtype == ScalarType::BFloat16 ? direct_bf16_packed_size(filters, channels, taps)
+                                       : direct_fp32_packed_size(filters, channels, taps);
 }
 
 void check_dtype(const char* name, const Tensor& t) {
@@ -40,9 +40,9 @@ Tensor direct_weight(const Tensor& weight) {
   int64_t taps = 1;
   for (int64_t d = 2; d < weight.dim(); ++d) taps *= weight.size(d);
   const Tensor dense = as_format(weight, MemoryFormat::Contiguous);
-  const Tensor packed =
-      empty_packed(packed_size(weight.scalar_type(), filters, taps * channels), weight);
-  if (weight.scalar_type() == ScalarType::BFloat16) {
+  const ScalarType dtype = weight.scalar_type();
+  const Tensor packed = empty_packed(packed_size(dtype, filters, channels, taps), dtype, weight);
+  if (dtype == ScalarType::BFloat16) {
     pack_direct_bf16(data_of<bf16>(dense), filters, channels, taps, mutable_data_of<bf16>(packed));
   } else {
     run_on_isa([&](auto isa) {
@@ -53,9 +53,6 @@ Tensor direct_weight(const Tensor& weight) {
   return packed;
 }
 
-void run(const Geometry& g, const DirectOperands<bf16>& o) { direct_bf16(g, o); }
-void run(const Geometry& g, const DirectOperands<float>& o) { direct_fp32(g, o); }
-
 Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
                    const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
                    IntList stride, IntList padding, IntList dilation, const std::string& act_name) {
@@ -63,10 +60,10 @@ Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
   const Geometry g = checked_geometry(x, weight, stride, padding, dilation, 1);
   check_dtype("x", x);
   STD_TORCH_CHECK(x.dim() == 4 || x.dim() == 5, "x: expected rank 4 or 5");
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == x.scalar_type() &&
-                      packed.is_contiguous() &&
-                      packed.numel() == packed_size(x.scalar_type(), g.filters, g.depth()),
-                  "packed: expected what _direct_weight returns for this weight");
+  STD_TORCH_CHECK(
+      packed.is_cpu() && packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
+          packed.numel() == packed_size(x.scalar_type(), g.filters, g.channels, g.taps()),
+      "packed: expected what _direct_weight returns for this weight");
   if (scale) check_channel_vector("scale", *scale, x, g.filters);
   if (shift) check_channel_vector("shift", *shift, x, g.filters);
   std::vector<int64_t> shape = {g.batch, g.filters};
@@ -81,7 +78,8 @@ Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
   const auto b = channel_values<float>(shift, g.filters, 0.0f);
   const auto go = [&](auto tag) {
     using T = typename decltype(tag)::type;
-    run(g, DirectOperands<T>{data_of<T>(dense), data_of<T>(packed), a.data(), b.data(),
+    direct(g,
+           DirectOperands<T>{data_of<T>(dense), data_of<T>(packed), a.data(), b.data(),
                              residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), act});
   };
   if (x.scalar_type() == ScalarType::BFloat16) {
@@ -94,15 +92,15 @@ Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
 
 }  // namespace
 
-int64_t direct_fp32_packed_size(int64_t filters, int64_t depth) {
+int64_t direct_fp32_packed_size(int64_t filters, int64_t channels, int64_t taps) {
   int64_t size = 0;
   run_on_isa([&](auto isa) {
-    size = direct_packed_size<DirectFp32<decltype(isa)::value>>(filters, depth);
+    size = direct_packed_size<DirectFp32<decltype(isa)::value>>(filters, channels, taps);
   });
   return size;
 }
 
-void direct_fp32(const Geometry& g, const DirectOperands<float>& o) {
+void direct(const Geometry& g, const DirectOperands<float>& o) {
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     if (reads_bands(g)) {

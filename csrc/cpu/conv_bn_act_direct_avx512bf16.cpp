@@ -5,6 +5,7 @@
 // row of x is broadcast to all of them. Sums, scale, shift, residual and activation are fp32, and
 // the result is rounded once. 14 rows x 2 vectors of sums, 2 of weights and the pair use 31 of the
 // 32 registers.
+#include "band.h"
 #include "direct.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -27,9 +28,8 @@ RF_TARGET_AVX512BF16 inline __m512 widen16(const bf16* from) {
 }
 
 template <int MR>
-RF_TARGET_AVX512BF16 void multiply_rows_bf16(const bf16* rows, int64_t row_stride,
-                                             const bf16* packed, int64_t depth,
-                                             const TileOut<bf16>& out) {
+RF_TARGET_AVX512BF16 void multiply_rows_bf16(const RowsOf<bf16>& rows, const bf16* packed,
+                                             int64_t depth, const TileOut<bf16>& out) {
   __m512 acc[MR][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -41,19 +41,23 @@ RF_TARGET_AVX512BF16 void multiply_rows_bf16(const bf16* rows, int64_t row_strid
       __builtin_prefetch(out.y + i * out.y_stride, 1);
     }
   }
-  for (int64_t k = 0; k < depth; k += 2) {
-    __m512bh b[kVectors];
-    for (int v = 0; v < kVectors; ++v) std::memcpy(&b[v], packed + 2 * v * kLanes, sizeof(b[v]));
-    for (int v = 0; v < kVectors; ++v) {
-      __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead + 64 * v);
-    }
-    packed += 2 * kVectors * kLanes;
+  const bf16* from = rows.at;
+  for (int64_t left = depth; left > 0; left -= rows.run, from += rows.jump) {
+    const int64_t count = std::min(left, rows.run);
+    for (int64_t k = 0; k < count; k += 2) {
+      __m512bh b[kVectors];
+      for (int v = 0; v < kVectors; ++v) std::memcpy(&b[v], packed + 2 * v * kLanes, sizeof(b[v]));
+      for (int v = 0; v < kVectors; ++v) {
+        __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead + 64 * v);
+      }
+      packed += 2 * kVectors * kLanes;
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      int32_t pair;
-      std::memcpy(&pair, rows + i * row_stride + k, sizeof(pair));
-      const __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], b[v], a);
+      for (int i = 0; i < MR; ++i) {
+        int32_t pair;
+        std::memcpy(&pair, from + i * rows.stride + k, sizeof(pair));
+        const __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], b[v], a);
+      }
     }
   }
   if (out.accumulate) {
@@ -92,8 +96,8 @@ RF_TARGET_AVX512BF16 void multiply_rows_bf16(const bf16* rows, int64_t row_strid
   }
 }
 
-using MultiplyRowsBf16 = void (*)(const bf16* rows, int64_t row_stride, const bf16* packed,
-                                  int64_t depth, const TileOut<bf16>& out);
+using MultiplyRowsBf16 = void (*)(const RowsOf<bf16>& rows, const bf16* packed, int64_t depth,
+                                  const TileOut<bf16>& out);
 
 constexpr auto kMultiplyRowsBf16 = []<int... R>(std::integer_sequence<int, R...>) {
   return std::array<MultiplyRowsBf16, sizeof...(R)>{&multiply_rows_bf16<R + 1>...};
@@ -108,7 +112,7 @@ struct DirectBf16 {
 
   static void multiply(int64_t count, const RowsOf<bf16>& rows, const bf16* packed, int64_t depth,
                        const TileOut<bf16>& out) {
-    kMultiplyRowsBf16[count - 1](rows.at, rows.stride, packed, depth, out);
+    kMultiplyRowsBf16[count - 1](rows, packed, depth, out);
   }
 };
 
@@ -122,15 +126,20 @@ bool has_direct_bf16() {
   return has;
 }
 
-int64_t direct_bf16_packed_size(int64_t filters, int64_t depth) {
-  return direct_packed_size<DirectBf16>(filters, depth);
+int64_t direct_bf16_packed_size(int64_t filters, int64_t channels, int64_t taps) {
+  return direct_packed_size<DirectBf16>(filters, channels, taps);
 }
 
 void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64_t taps, bf16* to) {
   pack_direct<DirectBf16>(from, filters, channels, taps, to);
 }
 
-void direct_bf16(const Geometry& g, const DirectOperands<bf16>& o) {
+void direct(const Geometry& g, const DirectOperands<bf16>& o) {
+  if (reads_bands(g)) {
+    return parallel_on<Isa::avx512>(band_tasks(g), [&](int64_t begin, int64_t end) RF_INLINE {
+      direct_bands<DirectBf16>(g, o, begin, end);
+    });
+  }
   const DirectCut cut(g, DirectBf16::kBlock, worker_count());
   parallel_on<Isa::avx512>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end) RF_INLINE {
     direct_tasks<DirectBf16>(g, o, cut, begin, end);
@@ -144,9 +153,9 @@ void direct_bf16(const Geometry& g, const DirectOperands<bf16>& o) {
 namespace resnet_fast::cpu {
 
 bool has_direct_bf16() { return false; }
-int64_t direct_bf16_packed_size(int64_t, int64_t) { return 0; }
+int64_t direct_bf16_packed_size(int64_t, int64_t, int64_t) { return 0; }
 void pack_direct_bf16(const bf16*, int64_t, int64_t, int64_t, bf16*) {}
-void direct_bf16(const Geometry&, const DirectOperands<bf16>&) {}
+void direct(const Geometry&, const DirectOperands<bf16>&) {}
 
 }  // namespace resnet_fast::cpu
 

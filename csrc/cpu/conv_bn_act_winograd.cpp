@@ -1,4 +1,5 @@
-// conv_bn_act for 3x3 kernels at stride 1 by Winograd's F(m x m, 3 x 3), m = 2 or 4, fp32.
+// conv_bn_act for 3x3 kernels at stride 1 by Winograd's F(m x m, 3 x 3), m = 2 or 4, in fp32, of
+// tensors in fp32 or bf16: what is read is widened, and the result rounded once.
 //
 // The output is cut into tiles of m x m; each reads an overlapping tile of n x n, n = m + 2.
 // y = Aᵀ[ Σ_c U_c ⊙ (Bᵀ d_c B) ]A turns the 9 C multiplications of an output value into n² / m² C:
@@ -16,6 +17,7 @@
 // all of U; where tiles are few, or U is larger than the caches, V is shared and the threads divide
 // U instead, so that each weight is read once. The epilogue works on a tile while its sums are hot.
 #include "../math/winograd.h"
+#include "lanes.h"
 #include "pool.h"
 #include "tile.h"
 #include "winograd.h"
@@ -53,10 +55,10 @@ inline int64_t plane_stride(int64_t elements) { return (elements + 15) / 16 * 16
 inline int64_t row_stride(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
 
 // V of `count` tiles from tile `first`, for channels [c0, c1).
-template <int M, Isa I>
-RF_INLINE inline void transform_input(const Plane& g, const float* x, const float* zeros,
-                                      int64_t first, int64_t count, int64_t c0, int64_t c1,
-                                      float* v, int64_t v_plane) {
+template <int M, Isa I, typename T>
+RF_INLINE inline void transform_input(const Plane& g, const T* x, const T* zeros, int64_t first,
+                                      int64_t count, int64_t c0, int64_t c1, float* v,
+                                      int64_t v_plane) {
   using W = Winograd<M>;
   constexpr int N = W::kTile, kLanes = Tile<I>::kBytes / 4;
   typedef float Vec __attribute__((vector_size(Tile<I>::kBytes)));
@@ -65,8 +67,8 @@ RF_INLINE inline void transform_input(const Plane& g, const float* x, const floa
     const int64_t tile = first + t;
     const int64_t w0 = tile % g.tiles_w * M - g.pad_w;
     const int64_t h0 = tile / g.tiles_w % g.tiles_h * M - g.pad_h;
-    const float* image = x + tile / (g.tiles_w * g.tiles_h) * g.in_h * g.in_w * g.channels;
-    const float* from[N][N];
+    const T* image = x + tile / (g.tiles_w * g.tiles_h) * g.in_h * g.in_w * g.channels;
+    const T* from[N][N];
     for (int i = 0; i < N; ++i) {
       for (int j = 0; j < N; ++j) {
         const int64_t h = h0 + i, w = w0 + j;
@@ -98,25 +100,23 @@ RF_INLINE inline void transform_input(const Plane& g, const float* x, const floa
     };
     int64_t c = c0;
     for (; c + kLanes <= c1; c += kLanes) {
-      transform(c, [](Vec* d, const float* p) RF_INLINE { std::memcpy(d, p, sizeof(Vec)); });
+      transform(c, [](Vec* d, const T* p) RF_INLINE { load_lanes(p, d); });
     }
     if (c < c1) {
-      const size_t rest = static_cast<size_t>(c1 - c) * sizeof(float);
-      transform(c, [rest](Vec* d, const float* p) RF_INLINE {
-        *d = Vec{};
-        std::memcpy(d, p, rest);
-      });
+      const int64_t rest = c1 - c;
+      transform(c, [rest](Vec* d, const T* p) RF_INLINE { load_some_lanes(p, rest, d); });
     }
   }
 }
 
-using Epilogue = WinogradOperands;
+template <typename T>
+using Epilogue = WinogradOperands<T>;
 
 // The sums of one tile by the definition of convolution. The transforms subtract inputs from each
 // other, so that an infinity becomes NaN, and a huge value may overflow, in outputs whose own
 // window is finite; a tile with such a sum is computed again.
-template <int M, int64_t NR>
-void repair(const Plane& g, const Epilogue& e, int64_t image, int64_t h0, int64_t w0, int64_t k0,
+template <int M, int64_t NR, typename T>
+void repair(const Plane& g, const Epilogue<T>& e, int64_t image, int64_t h0, int64_t w0, int64_t k0,
             int64_t columns, float (&patch)[M][M][NR]) {
   for (int64_t i = 0; i < M; ++i) {
     for (int64_t j = 0; j < M; ++j) {
@@ -125,10 +125,12 @@ void repair(const Plane& g, const Epilogue& e, int64_t image, int64_t h0, int64_
         for (int64_t tap = 0; tap < 9; ++tap) {
           const int64_t h = h0 + i - g.pad_h + tap / 3, w = w0 + j - g.pad_w + tap % 3;
           if (h < 0 || h >= g.in_h || w < 0 || w >= g.in_w) continue;
-          const float* from = e.x + ((image * g.in_h + h) * g.in_w + w) * g.channels;
-          const float* filter = e.weight + (k0 + k) * e.weight_step[0] +
-                                tap / 3 * e.weight_step[2] + tap % 3 * e.weight_step[3];
-          for (int64_t c = 0; c < g.channels; ++c) sum += from[c] * filter[c * e.weight_step[1]];
+          const T* from = e.x + ((image * g.in_h + h) * g.in_w + w) * g.channels;
+          const T* filter = e.weight + (k0 + k) * e.weight_step[0] + tap / 3 * e.weight_step[2] +
+                            tap % 3 * e.weight_step[3];
+          for (int64_t c = 0; c < g.channels; ++c) {
+            sum += widen(from[c]) * widen(filter[c * e.weight_step[1]]);
+          }
         }
         patch[i][j][k] = sum;
       }
@@ -139,8 +141,8 @@ void repair(const Plane& g, const Epilogue& e, int64_t image, int64_t h0, int64_
 // y of `count` tiles from tile `first`, for `columns` filters from filter k0. Sums leave the
 // registers finished; a part of a filter block, or an activation that is no clamp, takes a detour
 // through `patch`.
-template <int M, Isa I>
-RF_INLINE inline void transform_output(const Plane& g, const Epilogue& e, const float* sums,
+template <int M, Isa I, typename T>
+RF_INLINE inline void transform_output(const Plane& g, const Epilogue<T>& e, const float* sums,
                                        int64_t s_plane, int64_t first, int64_t count, int64_t k0,
                                        int64_t columns) {
   using W = Winograd<M>;
@@ -193,13 +195,13 @@ RF_INLINE inline void transform_output(const Plane& g, const Epilogue& e, const 
             Vec z = line[j] * scale + shift;
             if (e.residual != nullptr) {
               Vec r;
-              std::memcpy(&r, e.residual + out, sizeof(Vec));
+              load_lanes(e.residual + out, &r);
               z += r;
             }
             // NaN fails both comparisons and stays.
             z = z < low ? low : z;
             z = z > high ? high : z;
-            std::memcpy(e.y + out, &z, sizeof(Vec));
+            store_lanes(z, e.y + out);
           }
         }
       }
@@ -226,8 +228,8 @@ RF_INLINE inline void transform_output(const Plane& g, const Epilogue& e, const 
 }
 
 // The n² products of `count` tiles with filter block `kb`, and what follows them.
-template <int M, Isa I>
-RF_INLINE inline void filter_block(const Plane& g, const Epilogue& e, const float* v,
+template <int M, Isa I, typename T>
+RF_INLINE inline void filter_block(const Plane& g, const Epilogue<T>& e, const float* v,
                                    int64_t v_plane, const float* packed, int64_t first,
                                    int64_t count, int64_t kb, float* sums) {
   constexpr int kElements = Winograd<M>::kTile * Winograd<M>::kTile;
@@ -259,16 +261,17 @@ RF_INLINE inline void filter_block(const Plane& g, const Epilogue& e, const floa
   transform_output<M, I>(g, e, sums, s_plane, first, count, k0, std::min(NR, g.filters - k0));
 }
 
-template <int M, Isa I>
-void convolve(const Plane& g, const Epilogue& e) {
-  const float *const x = e.x, *const packed = e.packed;
+template <int M, Isa I, typename T>
+void convolve(const Plane& g, const Epilogue<T>& e) {
+  const T* const x = e.x;
+  const float* const packed = e.packed;
   constexpr int kElements = Winograd<M>::kTile * Winograd<M>::kTile;
   constexpr int64_t NR = kFilterBlock<I>;
   const int64_t tiles = g.tiles(), v_row = row_stride(g.channels);
   const int64_t filter_blocks = (g.filters + NR - 1) / NR;
   const int64_t threads = worker_count();
   const int64_t weight_bytes = filter_blocks * kElements * g.channels * NR * 4;
-  const std::vector<float> zeros(g.channels, 0.0f);
+  const std::vector<T> zeros(g.channels, T{});
 
   thread_local Scratch v_memory, sums_memory;
   if (tiles >= threads * 16 && weight_bytes <= kWeightBytes) {
@@ -323,8 +326,8 @@ void convolve(const Plane& g, const Epilogue& e) {
 }
 
 // U = G g Gᵀ in fp64, rounded once, as [K/NR][n²][C][NR]; zeros beyond the last filter.
-template <int M>
-void pack(const float* weight, int64_t filters, int64_t channels, int64_t nr, float* packed) {
+template <int M, typename T>
+void pack(const T* weight, int64_t filters, int64_t channels, int64_t nr, float* packed) {
   using W = Winograd<M>;
   constexpr int N = W::kTile;
   const int64_t blocks = (filters + nr - 1) / nr;
@@ -336,10 +339,10 @@ void pack(const float* weight, int64_t filters, int64_t channels, int64_t nr, fl
         for (int64_t c = 0; c < channels; ++c) {
           double half[N][3] = {};
           if (k < filters) {
-            const float* g = weight + (k * channels + c) * 9;
+            const T* g = weight + (k * channels + c) * 9;
             for (int i = 0; i < N; ++i) {
               for (int s = 0; s < 3; ++s) {
-                for (int r = 0; r < 3; ++r) half[i][s] += W::kG[i][r] * double(g[r * 3 + s]);
+                for (int r = 0; r < 3; ++r) half[i][s] += W::kG[i][r] * double(widen(g[r * 3 + s]));
               }
             }
           }
@@ -362,22 +365,36 @@ int64_t filter_block_size() {
   return size;
 }
 
+bool is_taken(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16;
+}
+
+// Calls f with the tag of a dtype that is_taken.
+template <typename F>
+void with_type(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::BFloat16) return f(TypeTag<bf16>{});
+  f(TypeTag<float>{});
+}
+
 Tensor winograd_weight(const Tensor& weight, int64_t m) {
   STD_TORCH_CHECK(m == 2 || m == 4, "m: expected 2 or 4");
-  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float,
-                  "weight: expected a float32 CPU tensor");
+  STD_TORCH_CHECK(weight.is_cpu() && is_taken(weight.scalar_type()),
+                  "weight: expected a float32 or bfloat16 CPU tensor");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
                   "weight: expected shape [K, C, 3, 3]");
   const int64_t filters = weight.size(0), channels = weight.size(1);
   const Tensor dense = as_format(weight, MemoryFormat::Contiguous);
-  const Tensor packed = empty_packed(winograd_packed_size(filters, channels, m), weight);
-  if (m == 2) {
-    pack<2>(data_of<float>(dense), filters, channels, filter_block_size(),
-            mutable_data_of<float>(packed));
-  } else {
-    pack<4>(data_of<float>(dense), filters, channels, filter_block_size(),
-            mutable_data_of<float>(packed));
-  }
+  const Tensor packed =
+      empty_packed(winograd_packed_size(filters, channels, m), ScalarType::Float, weight);
+  auto* const to = mutable_data_of<float>(packed);
+  with_type(weight.scalar_type(), [&](auto tag) {
+    const auto* const from = data_of<typename decltype(tag)::type>(dense);
+    if (m == 2) {
+      pack<2>(from, filters, channels, filter_block_size(), to);
+    } else {
+      pack<4>(from, filters, channels, filter_block_size(), to);
+    }
+  });
   return packed;
 }
 
@@ -386,14 +403,13 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& weight
                      IntList padding, const std::string& act_name) {
   const Act act = parse_act(act_name);
   STD_TORCH_CHECK(m == 2 || m == 4, "m: expected 2 or 4");
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == 4,
-                  "x: expected a float32 CPU tensor of rank 4");
+  STD_TORCH_CHECK(x.is_cpu() && is_taken(x.scalar_type()) && x.dim() == 4,
+                  "x: expected a float32 or bfloat16 CPU tensor of rank 4");
   check_input("x", x);
   STD_TORCH_CHECK(padding.size() == 2, "padding: expected two values");
-  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float &&
-                      weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == 3 &&
-                      weight.size(3) == 3,
-                  "weight: expected a float32 CPU tensor of shape [K, C, 3, 3]");
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == x.scalar_type() && weight.dim() == 4 &&
+                      weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3,
+                  "weight: expected a CPU tensor of shape [K, C, 3, 3] and the dtype of x");
   const std::array<int64_t, 2> one = {1, 1};
   const IntList ones(one.data(), one.size());
   const Geometry g = checked_geometry(x, weight, ones, padding, ones, 1);
@@ -412,16 +428,20 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& weight
   const Tensor added = residual ? as_format(*residual, MemoryFormat::ChannelsLast) : Tensor();
   const auto a = channel_values<float>(scale, filters, 1.0f);
   const auto b = channel_values<float>(shift, filters, 0.0f);
-  winograd(g, m,
-           {data_of<float>(dense),
-            data_of<float>(packed),
-            data_of<float>(weight),
-            {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
-            a.data(),
-            b.data(),
-            residual ? data_of<float>(added) : nullptr,
-            mutable_data_of<float>(y),
-            act});
+  with_type(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    winograd(g, m,
+             WinogradOperands<T>{
+                 data_of<T>(dense),
+                 data_of<float>(packed),
+                 data_of<T>(weight),
+                 {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
+                 a.data(),
+                 b.data(),
+                 residual ? data_of<T>(added) : nullptr,
+                 mutable_data_of<T>(y),
+                 act});
+  });
   return y;
 }
 
@@ -432,7 +452,8 @@ int64_t winograd_packed_size(int64_t filters, int64_t channels, int64_t m) {
   return (filters + nr - 1) / nr * nr * channels * (m + 2) * (m + 2);
 }
 
-void winograd(const Geometry& g, int64_t m, const WinogradOperands& o) {
+template <typename T>
+void winograd(const Geometry& g, int64_t m, const WinogradOperands<T>& o) {
   Plane plane{g.batch,  g.channels,   g.filters,    g.in[1], g.in[2], g.out[1],
               g.out[2], g.padding[1], g.padding[2], 0,       0};
   plane.tiles_h = (g.out[1] + m - 1) / m;
@@ -446,6 +467,9 @@ void winograd(const Geometry& g, int64_t m, const WinogradOperands& o) {
     }
   });
 }
+
+template void winograd(const Geometry& g, int64_t m, const WinogradOperands<float>& o);
+template void winograd(const Geometry& g, int64_t m, const WinogradOperands<bf16>& o);
 
 }  // namespace resnet_fast::cpu
 

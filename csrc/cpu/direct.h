@@ -50,9 +50,26 @@ int64_t padded_depth(int64_t depth) {
   return (depth + K::kPair - 1) / K::kPair * K::kPair;
 }
 
+constexpr int64_t kBandChannels = 16;  // below this, windows are read out of a band (band.h)
+
+// Channels as a band holds them: a step's columns never belong to two pixels.
 template <typename K>
-int64_t direct_packed_size(int64_t filters, int64_t depth) {
-  return (filters + K::kBlock - 1) / K::kBlock * K::kBlock * padded_depth<K>(depth);
+int64_t band_channels(int64_t channels) {
+  return padded_depth<K>(channels);
+}
+
+// The depth of weights packed once more for bands, behind the others; 0 where they serve as they
+// are.
+template <typename K>
+int64_t band_depth(int64_t channels, int64_t taps) {
+  const int64_t wide = band_channels<K>(channels);
+  return channels < kBandChannels && wide != channels && taps > 1 ? taps * wide : 0;
+}
+
+template <typename K>
+int64_t direct_packed_size(int64_t filters, int64_t channels, int64_t taps) {
+  const int64_t depth = padded_depth<K>(taps * channels) + band_depth<K>(channels, taps);
+  return (filters + K::kBlock - 1) / K::kBlock * K::kBlock * depth;
 }
 
 // How the work is cut: pixels in chunks, filters in strips of whole blocks.
@@ -177,23 +194,23 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
 
 // Weights [K][C][taps], rows of the product in the order [taps][C], cut into panels of kDepth rows:
 // [panel][K/NR][row / kPair][NR][kPair], so that the blocks of a panel follow each other in memory.
-// Zeros beyond the last filter and the last row.
+// Zeros beyond the last filter and the last row, and for channels from `channels` to `wide`.
 template <typename K>
-void pack_direct(const typename K::T* from, int64_t filters, int64_t channels, int64_t taps,
-                 typename K::T* to) {
+void pack_rows(const typename K::T* from, int64_t filters, int64_t channels, int64_t wide,
+               int64_t taps, typename K::T* to) {
   using T = typename K::T;
   constexpr int64_t NR = K::kBlock, kPair = K::kPair, kDepth = Panel<T>::kDepth;
-  const int64_t depth = taps * channels, padded = padded_depth<K>(depth);
+  const int64_t depth = taps * wide, padded = padded_depth<K>(depth);
   const int64_t blocks = (filters + NR - 1) / NR;
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t row = 0; row < padded; ++row) {
-        const int64_t d0 = row / kDepth * kDepth, tap = row / channels, c = row % channels;
+        const int64_t d0 = row / kDepth * kDepth, tap = row / wide, c = row % wide;
         const int64_t rows = std::min(kDepth, padded - d0);
         T* line = to + (d0 * blocks + block * rows + (row - d0) / kPair * kPair) * NR;
         for (int64_t j = 0; j < NR; ++j) {
           const int64_t k = block * NR + j;
-          const bool inside = k < filters && row < depth;
+          const bool inside = k < filters && row < depth && c < channels;
           line[j * kPair + row % kPair] = inside ? from[(k * channels + c) * taps + tap] : T{};
         }
       }
@@ -201,14 +218,25 @@ void pack_direct(const typename K::T* from, int64_t filters, int64_t channels, i
   });
 }
 
+template <typename K>
+void pack_direct(const typename K::T* from, int64_t filters, int64_t channels, int64_t taps,
+                 typename K::T* to) {
+  pack_rows<K>(from, filters, channels, channels, taps, to);
+  if (band_depth<K>(channels, taps) > 0) {
+    const int64_t blocks = (filters + K::kBlock - 1) / K::kBlock;
+    pack_rows<K>(from, filters, channels, band_channels<K>(channels), taps,
+                 to + blocks * K::kBlock * padded_depth<K>(taps * channels));
+  }
+}
+
 // The fp32 kernel (conv_bn_act_direct.cpp).
-int64_t direct_fp32_packed_size(int64_t filters, int64_t depth);
-void direct_fp32(const Geometry& g, const DirectOperands<float>& o);
+int64_t direct_fp32_packed_size(int64_t filters, int64_t channels, int64_t taps);
+void direct(const Geometry& g, const DirectOperands<float>& o);
 
 // The bf16 kernel, for CPUs with AVX512_BF16 (conv_bn_act_direct_avx512bf16.cpp).
 bool has_direct_bf16();
-int64_t direct_bf16_packed_size(int64_t filters, int64_t depth);
+int64_t direct_bf16_packed_size(int64_t filters, int64_t channels, int64_t taps);
 void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64_t taps, bf16* to);
-void direct_bf16(const Geometry& g, const DirectOperands<bf16>& o);
+void direct(const Geometry& g, const DirectOperands<bf16>& o);
 
 }  // namespace resnet_fast::cpu

@@ -140,8 +140,7 @@ class Pool {
 void give_back(void* block) { Pool::instance().give(block); }
 
 Tensor empty_pooled(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                    const Tensor& like, MemoryFormat format) {
-  const ScalarType dtype = like.scalar_type();
+                    ScalarType dtype, const Tensor& like, MemoryFormat format) {
   size_t bytes = dtype == ScalarType::Float ? 4 : 2;
   for (const int64_t n : shape) bytes *= static_cast<size_t>(n);
 #if defined(__SANITIZE_ADDRESS__)
@@ -174,11 +173,11 @@ Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& like
     step *= shape[d];
   }
   strides[0] = step;
-  return empty_pooled(shape, strides, like, channels_last_format(rank));
+  return empty_pooled(shape, strides, like.scalar_type(), like, channels_last_format(rank));
 }
 
-Tensor empty_packed(int64_t count, const Tensor& like) {
-  return empty_pooled({count}, {1}, like, MemoryFormat::Contiguous);
+Tensor empty_packed(int64_t count, ScalarType dtype, const Tensor& device_of) {
+  return empty_pooled({count}, {1}, dtype, device_of, MemoryFormat::Contiguous);
 }
 
 int64_t release_pool() { return static_cast<int64_t>(Pool::instance().release()); }

@@ -16,9 +16,9 @@ namespace resnet_fast::cpu {
 // last tensor over it dies.
 Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& like);
 
-// The same for `count` values of packed weights: large pages spare the product a walk of the page
-// table every 4 KiB.
-Tensor empty_packed(int64_t count, const Tensor& like);
+// The same for `count` values of packed weights or activations: large pages spare the product a
+// walk of the page table every 4 KiB.
+Tensor empty_packed(int64_t count, ScalarType dtype, const Tensor& device_of);
 
 // Gives the unused blocks back to the system; returns their bytes.
 int64_t release_pool();

@@ -48,7 +48,8 @@ struct Step {
   int64_t in, residual, out;
   Act act;
   Geometry g{};
-  const float *packed = nullptr, *weight = nullptr, *scale = nullptr, *shift = nullptr;
+  const void *packed = nullptr, *weight = nullptr;
+  const float *scale = nullptr, *shift = nullptr;
   int64_t weight_step[4] = {};
 };
 
@@ -57,15 +58,21 @@ struct Value {
   int64_t channels = 0, height = 0, width = 0;
   int64_t first = -1, last = -1;  // the steps that write it and read it last
   int64_t reads = 0;              // how often it is read
-  int64_t at = -1, size = 0;      // floats from the arena's start
+  int64_t at = -1, size = 0;      // elements from the arena's start
   int64_t count(int64_t batch) const { return batch * channels * height * width; }
 };
 
+constexpr const char* kTypes = "x: expected a CPU tensor of float32, or bfloat16";
+
+// Of activations of type T: float or bf16.
+template <typename T>
 class Sequence {
  public:
+  static constexpr bool kIsFloat = std::is_same_v<T, float>;
+  static constexpr ScalarType kType = kIsFloat ? ScalarType::Float : ScalarType::BFloat16;
+
   Sequence(const Tensor& x, const std::vector<Tensor>& constants, IntList records) : x_(x) {
-    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float,
-                    "x: expected a float32 CPU tensor");
+    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == kType, kTypes);
     STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0, "x: expected shape [N, C, H, W]");
     const auto fields = static_cast<int64_t>(records.size());
     STD_TORCH_CHECK(fields > 0 && fields % kFields == 0, "steps: expected ", kFields,
@@ -93,29 +100,37 @@ class Sequence {
     return empty_channels_last({x_.size(0), last.channels, last.height, last.width}, x_);
   }
 
-  // `arena` holds arena_size() floats.
-  void run(float* arena, float* y) const {
+  // `arena` holds arena_size() elements.
+  void run(T* arena, T* y) const {
     Team::run([&] {
       for (const Step& s : steps_) {
-        const float* in = s.in == 0 ? data_of<float>(x_) : arena + values_[s.in].at;
-        const float* residual = s.residual < 0    ? nullptr
-                                : s.residual == 0 ? data_of<float>(x_)
-                                                  : arena + values_[s.residual].at;
-        float* out = &s == &steps_.back() ? y : arena + values_[s.out].at;
+        const T* in = s.in == 0 ? data_of<T>(x_) : arena + values_[s.in].at;
+        const T* residual = s.residual < 0    ? nullptr
+                            : s.residual == 0 ? data_of<T>(x_)
+                                              : arena + values_[s.residual].at;
+        T* out = &s == &steps_.back() ? y : arena + values_[s.out].at;
         run_step(s, in, s.in == 0 && planar_, residual, out);
       }
     });
   }
 
  private:
-  static void run_step(const Step& s, const float* in, bool planar, const float* residual,
-                       float* out) {
+  static void run_step(const Step& s, const T* in, bool planar, const T* residual, T* out) {
     switch (s.kind) {
       case Kind::direct:
-        return direct_fp32(s.g, {in, s.packed, s.scale, s.shift, residual, out, s.act, planar});
+        return direct(s.g, DirectOperands<T>{in, static_cast<const T*>(s.packed), s.scale, s.shift,
+                                             residual, out, s.act, planar});
       case Kind::winograd2:
       case Kind::winograd4: {
-        WinogradOperands o{in, s.packed, s.weight, {}, s.scale, s.shift, residual, out, s.act};
+        WinogradOperands<T> o{in,
+                              static_cast<const float*>(s.packed),
+                              static_cast<const T*>(s.weight),
+                              {},
+                              s.scale,
+                              s.shift,
+                              residual,
+                              out,
+                              s.act};
         std::copy_n(s.weight_step, 4, o.weight_step);
         return winograd(s.g, static_cast<int64_t>(s.kind), o);
       }
@@ -188,21 +203,32 @@ class Sequence {
     steps_.push_back(s);
   }
 
+  static int64_t direct_packed_size_of(const Geometry& g) {
+    return kIsFloat ? direct_fp32_packed_size(g.filters, g.channels, g.taps())
+                    : direct_bf16_packed_size(g.filters, g.channels, g.taps());
+  }
+
   void bind(Step& s, const Record& r, const std::vector<Tensor>& constants) {
     const Geometry& g = s.g;
     STD_TORCH_CHECK(r.filters > 0 && r.constants >= 0 &&
                         r.constants + 4 <= static_cast<int64_t>(constants.size()),
                     "steps: constants out of range");
     const Tensor* const c = constants.data() + r.constants;
+    const bool is_direct = r.kind == Kind::direct;
+    const ScalarType types[4] = {is_direct ? kType : ScalarType::Float, kType, ScalarType::Float,
+                                 ScalarType::Float};
     for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(c[i].is_cpu() && c[i].scalar_type() == ScalarType::Float,
-                      "constants: expected float32 CPU tensors");
+      STD_TORCH_CHECK(c[i].is_cpu() && c[i].scalar_type() == types[i],
+                      "constants: expected CPU tensors, scale and shift in float32, others in the "
+                      "dtype of x");
       STD_TORCH_CHECK(i == 1 || c[i].is_contiguous(), "constants: expected dense tensors");
     }
     const Tensor& weight = c[1];
-    if (r.kind == Kind::direct) {
-      STD_TORCH_CHECK(c[0].numel() == direct_fp32_packed_size(g.filters, g.depth()),
+    if (is_direct) {
+      STD_TORCH_CHECK(kIsFloat || has_direct_bf16(), "steps: this CPU does not multiply bfloat16");
+      STD_TORCH_CHECK(c[0].numel() == direct_packed_size_of(g),
                       "constants: expected what _direct_weight returns");
+      s.packed = data_of<T>(c[0]);
     } else {
       const bool plain = g.kernel == std::array<int64_t, 3>{1, 3, 3} && g.taps() == 9 &&
                          g.stride == g.dilation && g.stride == std::array<int64_t, 3>{1, 1, 1};
@@ -215,11 +241,11 @@ class Sequence {
           c[0].numel() == winograd_packed_size(g.filters, g.channels, static_cast<int64_t>(r.kind)),
           "constants: expected what _winograd_weight returns");
       for (int d = 0; d < 4; ++d) s.weight_step[d] = weight.stride(d);
-      s.weight = data_of<float>(weight);
+      s.weight = data_of<T>(weight);
+      s.packed = data_of<float>(c[0]);
     }
     STD_TORCH_CHECK(c[2].numel() == g.filters && c[3].numel() == g.filters,
                     "constants: expected a scale and a shift a filter");
-    s.packed = data_of<float>(c[0]);
     s.scale = data_of<float>(c[2]);
     s.shift = data_of<float>(c[3]);
   }
@@ -355,22 +381,34 @@ bool is_unchanged(const Recording& r) {
 
 IntList list_of(const std::vector<int64_t>& values) { return {values.data(), values.size()}; }
 
+// Calls f with the sequence for x, by x's dtype.
+template <typename F>
+auto with_sequence(const Tensor& x, int64_t number, const F& f) {
+  const auto recording = Recordings::instance().find(number);
+  const IntList steps = list_of(recording->steps);
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    return f(*recording, Sequence<bf16>(x, recording->constants, steps), TypeTag<bf16>{});
+  }
+  return f(*recording, Sequence<float>(x, recording->constants, steps), TypeTag<float>{});
+}
+
 // A vector of no elements where a watched tensor has changed.
 Tensor run_sequence(const Tensor& x, int64_t number) {
-  const auto recording = Recordings::instance().find(number);
-  const Sequence sequence(x, recording->constants, list_of(recording->steps));
-  if (!is_unchanged(*recording)) return empty({0}, x.scalar_type(), x);
-  const Tensor y = sequence.output();
-  if (y.numel() == 0) return y;
-  const Tensor arena = empty_packed(sequence.arena_size(), x);
-  sequence.run(mutable_data_of<float>(arena), mutable_data_of<float>(y));
-  return y;
+  return with_sequence(x, number, [&](const Recording& recording, const auto& sequence, auto tag) {
+    using T = typename decltype(tag)::type;
+    if (!is_unchanged(recording)) return empty({0}, x.scalar_type(), x);
+    const Tensor y = sequence.output();
+    if (y.numel() == 0) return y;
+    const Tensor arena = empty_packed(sequence.arena_size(), x.scalar_type(), x);
+    sequence.run(mutable_data_of<T>(arena), mutable_data_of<T>(y));
+    return y;
+  });
 }
 
 int64_t sequence_bytes(const Tensor& x, int64_t number) {
-  const auto recording = Recordings::instance().find(number);
-  const Sequence sequence(x, recording->constants, list_of(recording->steps));
-  return sequence.arena_size() * int64_t(sizeof(float));
+  return with_sequence(x, number, [](const Recording&, const auto& sequence, auto tag) {
+    return sequence.arena_size() * int64_t(sizeof(typename decltype(tag)::type));
+  });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Max pooling over windows, the mean over an image and the shortcut without parameters,
-// channels-last fp32: what a residual network has between its convolutions.
+// channels-last, fp32 or bf16 (T): what a residual network has between its convolutions.
 #pragma once
 
 #include "gather.h"
@@ -8,12 +8,15 @@ namespace resnet_fast::cpu {
 
 // y = the largest value of each window, as torch's max_pool2d: padding never wins, NaN always does.
 // `g` gives batch, channels, in, kernel, out, stride, padding and dilation.
-void max_pool(const Geometry& g, const float* x, float* y);
+template <typename T>
+void max_pool(const Geometry& g, const T* x, T* y);
 
-// y[n][c] = the mean of x[n][pixel][c] over all pixels.
-void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, float* y);
+// y[n][c] = the mean of x[n][pixel][c] over all pixels, summed in fp32.
+template <typename T>
+void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const T* x, T* y);
 
 // y = x at every stride-th pixel, with zeros for the channels beyond its own: a 1x1 window of `g`.
-void pad_channels(const Geometry& g, const float* x, float* y);
+template <typename T>
+void pad_channels(const Geometry& g, const T* x, T* y);
 
 }  // namespace resnet_fast::cpu

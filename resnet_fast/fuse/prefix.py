@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.nn.prepared import batch_class, keep
+from resnet_fast.nn.prepared import keep
 from resnet_fast.nn.recorder import Recorder
-from resnet_fast.nn.sequence import Attempts, Sequence, Structure, agrees, build, may_run
+from resnet_fast.nn.sequence import (
+    Attempts,
+    Sequence,
+    Structure,
+    agrees,
+    build,
+    may_run,
+    sequence_key,
+)
 
 
 class Prefix:
@@ -36,7 +44,7 @@ class Prefix:
         if len(inputs) != 1 or torch.compiler.is_compiling() or not may_run(inputs[0]):
             return None
         x = inputs[0]
-        key = (batch_class(x), x.shape[1:])
+        key = sequence_key(x)
         known = self._known.get(key)
         if known is None:
             return None
@@ -53,7 +61,7 @@ class Prefix:
         if len(inputs) != 1 or torch.compiler.is_compiling() or not may_run(inputs[0]):
             return None
         x = inputs[0]
-        if not self._attempts.due((batch_class(x), x.shape[1:])):
+        if not self._attempts.due(sequence_key(x)):
             return None
         return Recorder(x.contiguous(memory_format=torch.channels_last))
 
@@ -77,6 +85,6 @@ class Prefix:
         built = build(Structure(modules, [*parents, *modules]), record, whole=False)
         if built is None or not agrees(built, x, value):
             return
-        key = (batch_class(x), x.shape[1:])
+        key = sequence_key(x)
         keep(self._known, key, (count, built))
         self._attempts.succeeded(key)

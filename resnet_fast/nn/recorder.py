@@ -101,7 +101,7 @@ class Recorder:
         """Enter a convolution site's call."""
         layer = getattr(prepared.call, "layer", None)
         conv = prepared.conv
-        if layer is None or layer.weight.dim() != 4:
+        if layer is None or layer.weight.dim() != 4 or layer.weight.dtype is not self.x.dtype:
             return  # the result stays unknown
         window = (*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation)
         if self._enter(layer.kind, x, residual, y, self._fields(layer, act, window)):
@@ -140,9 +140,9 @@ class Recorder:
             or type(pool) is not nn.AdaptiveAvgPool2d
             or pool.output_size not in (1, (1, 1))
             or type(linear) is not nn.Linear
-            or linear.weight.dtype is not torch.float32
+            or linear.weight.dtype is not x.dtype
             or linear.weight.shape[1] != x.shape[1]
-            or not conv_bn_act_direct.available(torch.float32)
+            or not conv_bn_act_direct.available(x.dtype)
         ):
             return False
         used = (linear.weight, linear.bias)

@@ -44,6 +44,8 @@ _PLAIN: set[type] = {
 # Attributes of a module that would run in place of its class's.
 _PATCHES = ("forward", "_conv_forward")
 _BODIES = ("forward", "__call__", "_trunk", "_head", "_conv_forward")
+# The dtypes that a sequence runs in, each with integers of its size.
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _GLOBAL_HOOKS = (
     _nn_module._global_forward_hooks,
     _nn_module._global_forward_pre_hooks,
@@ -124,7 +126,7 @@ class Sequence:
     """
 
     def __init__(self, structure: Structure, record: Recorder, whole: bool) -> None:
-        self.structure, self.whole = structure, whole
+        self.structure, self.whole, self.dtype = structure, whole, record.x.dtype
         self.count = len(record)
         self.generation = _binding.generation()
         self.epoch = _pack.epoch()
@@ -158,7 +160,7 @@ class Sequence:
 
     def describe(self, shape: tuple[int, ...]) -> str:
         """One line for ``explain()``; ``shape`` is an image's."""
-        x = torch.empty(1, *shape, memory_format=torch.channels_last)
+        x = torch.empty(1, *shape, dtype=self.dtype, memory_format=torch.channels_last)
         held = torch.ops.resnet_fast._sequence_bytes(x, self._handle)
         size = "x".join(map(str, shape))
         return f"{self.count} layers run as one native call at {size}, {held / 1e6:.1f} MB an image"
@@ -177,7 +179,7 @@ def may_run(x: Any) -> bool:
     """Whether the one native call would be all that a forward of ``x`` does."""
     return (
         type(x) is Tensor
-        and x.dtype is torch.float32
+        and x.dtype in _BITS
         and x.device.type == "cpu"
         and x.layout is torch.strided
         and x.dim() == 4
@@ -191,6 +193,11 @@ def may_run(x: Any) -> bool:
         and not torch.onnx.is_in_onnx_export()
         and not any(_GLOBAL_HOOKS)
     )
+
+
+def sequence_key(x: Tensor) -> Any:
+    """What a sequence is known by; the second entry is an image's shape."""
+    return batch_class(x), x.shape[1:], x.dtype
 
 
 class Attempts:
@@ -230,7 +237,7 @@ class Sequences:
 
     def forward(self, network: Any, x: Tensor) -> Tensor:
         """``network`` of ``x``: by a sequence where one holds, else layer by layer."""
-        key = (batch_class(x), x.shape[1:])
+        key = sequence_key(x)
         found = self._known.get(key)
         if found is not None:
             if found.structure.modules[0] == network and found.holds():
@@ -266,7 +273,7 @@ class Sequences:
         The same steps end a network's sequence, so that its result does not depend, to the last
         bit, on whether it ran layer by layer.
         """
-        roots, key = (pool, linear), (batch_class(x), x.shape[1:])
+        roots, key = (pool, linear), sequence_key(x)
         known_roots, found = self._heads.get(key, (None, None))
         y = found(x) if found is not None and known_roots == roots and found.holds() else None
         stale = found is not None or known_roots != roots
@@ -290,7 +297,7 @@ class Sequences:
         if built is None:
             return None
         generator = torch.Generator().manual_seed(zlib.crc32(repr(x.shape[1:]).encode()))
-        images = torch.randn(min(2, x.shape[0]), *x.shape[1:], generator=generator)
+        images = torch.randn(min(2, x.shape[0]), *x.shape[1:], generator=generator).to(x.dtype)
         bias = None if linear.bias is None else linear.bias.double()
         truth = F.linear(images.double().mean((2, 3)), linear.weight.double(), bias)
         given = linear(torch.flatten(pool(images), 1))
@@ -320,7 +327,8 @@ def agrees(sequence: Sequence, x: Tensor, value: Tensor) -> bool:
     y = sequence(x)
     if y is None:
         return False
-    return torch.equal(y.contiguous().view(torch.int32), value.contiguous().view(torch.int32))
+    bits = _BITS[x.dtype]
+    return torch.equal(y.contiguous().view(bits), value.contiguous().view(bits))
 
 
 class Sequenced(nn.Module):

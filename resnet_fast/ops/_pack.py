@@ -27,9 +27,9 @@ Call = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Layer(NamedTuple):
-    """What the native kernels need of a convolution in fp32 (csrc/cpu/sequence.cpp).
+    """What the native kernels need of a convolution in fp32 or bf16 (csrc/cpu/sequence.cpp).
 
-    ``kind`` names the kernel; an absent scale is 1, an absent shift 0.
+    ``kind`` names the kernel; an absent scale is 1, an absent shift 0; both are fp32.
     """
 
     kind: str
@@ -41,8 +41,9 @@ class Layer(NamedTuple):
     def constants(self) -> list[Tensor]:
         """Packed weight, weight, scale and shift, each of them there."""
         weight = self.weight.detach()
-        scale = weight.new_ones(weight.shape[0]) if self.scale is None else self.scale
-        shift = weight.new_zeros(weight.shape[0]) if self.shift is None else self.shift
+        filters = weight.shape[0]
+        scale = torch.ones(filters) if self.scale is None else self.scale
+        shift = torch.zeros(filters) if self.shift is None else self.shift
         return [self.packed, weight, scale.contiguous(), shift.contiguous()]
 
 
@@ -172,6 +173,13 @@ def clear() -> None:
     with _lock:
         _entries.clear()
         _epoch += 1
+
+
+def weight_like(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight in the input's dtype; they differ under autocast alone."""
+    if weight.dtype is x.dtype:
+        return weight
+    return cached(("cast", x.dtype), (weight,), lambda: weight.to(x.dtype))
 
 
 def fold(

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from resnet_fast import _library
 from resnet_fast.ops import _checks
-from resnet_fast.ops._pack import Call, Layer, PackedCall, cached, fold, like_convolution
+from resnet_fast.ops._pack import (
+    Call,
+    Layer,
+    PackedCall,
+    cached,
+    fold,
+    like_convolution,
+    weight_like,
+)
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -46,6 +54,7 @@ def prepare(
     act: str,
 ) -> Call:
     """:func:`run` for inputs like ``x``, the weights packed: call it with input and residual."""
+    weight = weight_like(x, weight)
     packed, scale, shift = cached(
         ("direct", eps),
         (weight, bias, bn_weight, bn_bias, mean, var),
@@ -54,14 +63,11 @@ def prepare(
             *fold(bias, bn_weight, bn_bias, mean, var, eps),
         ),
     )
-    layer = None
-    if weight.dtype is torch.float32:
-        layer = Layer("direct", packed, weight, scale, shift)
     return PackedCall(
         torch.ops.resnet_fast._direct_conv.default,
         (packed, weight, scale, shift),
         (stride, padding, dilation, act),
-        layer,
+        Layer("direct", packed, weight, scale, shift),
     )
 
 

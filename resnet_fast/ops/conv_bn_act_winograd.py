@@ -1,4 +1,4 @@
-"""``conv_bn_act`` for 3×3 kernels at stride 1 by Winograd's minimal filtering (CPU, fp32).
+"""``conv_bn_act`` for 3×3 kernels at stride 1 by Winograd's minimal filtering (CPU, fp32, bf16).
 
 F(2×2, 3×3) takes 2.25 times fewer multiplications than a direct convolution, F(4×4, 3×3) four
 times (Lavin and Gray 2016, arXiv:1509.09308). The transformed weights, computed in fp64 and rounded
@@ -17,7 +17,15 @@ from torch import Tensor
 
 from resnet_fast.errors import ArgumentError
 from resnet_fast.ops import _checks
-from resnet_fast.ops._pack import Call, Layer, PackedCall, cached, fold, like_convolution
+from resnet_fast.ops._pack import (
+    Call,
+    Layer,
+    PackedCall,
+    cached,
+    fold,
+    like_convolution,
+    weight_like,
+)
 
 
 def _check(weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> None:
@@ -50,6 +58,7 @@ def prepare(
 ) -> Call:
     """:func:`run2` or :func:`run4` (``m``), the weights packed: call it with input and residual."""
     _check(weight, stride, dilation, groups)
+    weight = weight_like(x, weight)
     packed, scale, shift = cached(
         ("winograd", m, eps),
         (weight, bias, bn_weight, bn_bias, mean, var),
@@ -85,7 +94,8 @@ def run2(
     """``act(BN(conv(x, weight) + bias) + residual)`` with running statistics, by F(2×2, 3×3).
 
     Shapes as :func:`resnet_fast.ops.conv_bn_act` with two spatial dimensions, a 3×3 kernel, stride,
-    dilation and groups of 1; fp32 throughout. The output is channels-last.
+    dilation and groups of 1; ``x`` fp32 or bf16, weight of its dtype, everything between them and
+    the result fp32. The output is channels-last.
     """
     parameters = (weight, bias, bn_weight, bn_bias, mean, var, eps)
     return prepare(2, x, *parameters, stride, padding, dilation, groups, act)(x, residual)

@@ -83,13 +83,6 @@ def _affine_traced(x: Tensor, args: ConvArgs) -> tuple[Tensor | None, Tensor | N
     return _pack.fold(*args[1:7], dtype=dtype)
 
 
-def _weight(x: Tensor, args: ConvArgs) -> Tensor:
-    """The weight in the input's dtype; they differ under autocast alone."""
-    if args.weight.dtype is x.dtype:
-        return args.weight
-    return _pack.cached(("cast", x.dtype), (args.weight,), lambda: args.weight.to(x.dtype))
-
-
 def _native_absence() -> str | None:
     status = _library.status().get("cpu")
     return None if status is not None and status.loaded else "the CPU op library is not loaded"
@@ -161,8 +154,8 @@ def _reject_direct(site: Site) -> str | None:
 
 
 def _reject_winograd(site: Site) -> str | None:
-    if not site.device.startswith("cpu") or site.dtype != "float32":
-        return "the Winograd convolution runs on the CPU in fp32"
+    if not site.device.startswith("cpu") or site.dtype not in ("float32", "bfloat16"):
+        return "the Winograd convolution runs on the CPU in fp32 and bf16"
     geometry = (site.weight_shape[2:], site.stride, site.dilation, site.groups)
     if geometry != ((3, 3), (1, 1), (1, 1), 1):
         return "F(m x m, 3 x 3) is for dense 3x3 kernels at stride 1"
@@ -195,7 +188,7 @@ def _through(op: str, traced: bool) -> Run:
 
     def run(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
         scale, shift = affine(x, args)
-        weight = args.weight.to(x.dtype) if traced else _weight(x, args)
+        weight = args.weight.to(x.dtype) if traced else _pack.weight_like(x, args.weight)
         return getattr(torch.ops.resnet_fast, op)(x, weight, scale, shift, residual, *args[7:], act)
 
     return run
@@ -225,7 +218,7 @@ def _epilogue(traced: bool) -> Run:
 
     def run(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
         scale, shift = affine(x, args)
-        weight = args.weight.to(x.dtype) if traced else _weight(x, args)
+        weight = args.weight.to(x.dtype) if traced else _pack.weight_like(x, args.weight)
         y = _CONV[x.dim() - 2](x, weight, None, *args[7:])
         if residual is not None:
             residual = residual.contiguous(
@@ -328,7 +321,7 @@ _WINOGRAD_CHANNELS = {2: 32, 4: 64}
 # Tiles that share a weight. Transformed weights are 4 (F(4x4)) or 1.8 times (F(2x2)) as many; a
 # 7x7 map of one image has 4 tiles of 4x4, and reading the weights from memory then takes 1.2 ms
 # where the products take 0.3 ms (ResNet-50's last stage, 2 Zen 4 cores, 32 GB/s).
-_WINOGRAD_TILES = 16
+_WINOGRAD_TILES = 32
 
 
 def _winograd_order(site: Site) -> tuple[str, ...]:
@@ -338,24 +331,16 @@ def _winograd_order(site: Site) -> tuple[str, ...]:
     # One choice serves batches 2 to 15 (nn/site.py): 4 images stand for them.
     images = 1 if site.x_shape[0] == 1 else max(4, site.x_shape[0])
     rows, columns = site.out_shape[2:]
-    order = (("winograd4", 4), ("winograd2", 2))
+    # In fp32, where a product costs twice what one in bf16 does, F(2x2)'s 2.25 times fewer gain
+    # nothing over a direct convolution in bf16.
+    bf16 = site.dtype == "bfloat16"
+    order = (("winograd4", 4),) if bf16 else (("winograd4", 4), ("winograd2", 2))
     return tuple(
         name
         for name, m in order
         if channels >= _WINOGRAD_CHANNELS[m]
         and images * -(-rows // m) * -(-columns // m) >= _WINOGRAD_TILES
     )
-
-
-def _is_deep_pointwise(site: Site) -> bool:
-    """1x1 at stride 1, from 128 channels on, on up to 28x28 pixels: where the direct bf16 product
-    beats oneDNN's, by 3 to 10 % at ResNet-50's shapes (one image, 2 Zen 4 cores).
-
-    On larger images, with windows to gather or a short depth, oneDNN is faster by up to 30 %.
-    """
-    taps, unit = site.weight_shape[2:], (1,) * len(site.stride)
-    deep = site.weight_shape[1] >= 128 and max(site.x_shape[2:]) <= 28
-    return deep and taps == site.stride == unit
 
 
 def default_order(site: Site) -> tuple[str, ...]:
@@ -371,7 +356,7 @@ def default_order(site: Site) -> tuple[str, ...]:
     if site.device.startswith("cpu"):
         if site.dtype == "float16" and not conv_bn_act_onednn.has_fp16():
             return ("native", "aten")
-        if site.dtype == "bfloat16" and not _is_deep_pointwise(site):
-            return ("onednn", "direct", "aten")
+        if site.dtype == "bfloat16" and not conv_bn_act_direct.available(torch.bfloat16):
+            return ("onednn", "aten")
         return (*_winograd_order(site), "direct", "onednn", "aten")
     return ("conv+bn_act", "aten")

@@ -1,4 +1,4 @@
-"""The direct convolution in bf16, where the CPU multiplies it: geometries and edges."""
+"""This package's convolutions in bf16, where the CPU multiplies it: geometries and edges."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def poison_pool() -> None:
     ).fill_(float("nan"))
 
 
-def check(site: Site, batch: int = 2) -> None:
+def check(site: Site, batch: int = 2, name: str = "direct") -> None:
     poison_pool()
     x, args, residual = random_inputs(site, "cpu", batch)
     wide = args._make(t.double() if isinstance(t, Tensor) else t for t in args)
     truth = run_aten(x.double(), wide, None if residual is None else residual.double(), site.act)
     frameworks = in_formats(lambda a, b: run_aten(a, args, b, site.act), x, residual)
-    y = CANDIDATES["direct"].run(x, args, residual, site.act)
+    y = CANDIDATES[name].run(x, args, residual, site.act)
     assert y.dtype is torch.bfloat16
     expect_within_budget(y, frameworks, truth)
 
@@ -62,6 +62,10 @@ def check(site: Site, batch: int = 2) -> None:
 SHAPES = [
     # ResNet's, then the edges: odd depth, one channel, part of a block, more than one panel.
     ((2, 3, 64, 64), (64, 3, 7, 7), 2, 3),
+    ((1, 3, 9, 65), (40, 3, 3, 3), 2, 1),
+    ((1, 1, 20, 11), (33, 1, 5, 5), 1, 2),
+    ((2, 14, 7, 9), (32, 14, 3, 3), 1, 1),
+    ((1, 15, 7, 9), (32, 15, 3, 3), 1, 1),
     ((2, 64, 28, 28), (256, 64, 1, 1), 1, 0),
     ((2, 128, 15, 15), (128, 128, 3, 3), 2, 1),
     ((1, 2048, 7, 7), (512, 2048, 1, 1), 1, 0),
@@ -77,6 +81,23 @@ SHAPES = [
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_shapes(x, weight, stride, padding, residual, layout) -> None:
     check(site_of(x, weight, stride, padding, residual=residual, layout=layout))
+
+
+@pytest.mark.parametrize("name", ["winograd2", "winograd4"])
+@pytest.mark.parametrize(
+    ("x", "weight", "padding"),
+    [
+        ((2, 64, 14, 14), (64, 64, 3, 3), 1),
+        ((1, 128, 28, 28), (128, 128, 3, 3), 1),
+        ((2, 33, 9, 7), (35, 33, 3, 3), 1),
+        ((1, 5, 3, 4), (70, 5, 3, 3), 0),
+        ((1, 300, 5, 6), (40, 300, 3, 3), 2),
+    ],
+)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_winograd_shapes(name, x, weight, padding, residual, act) -> None:
+    check(site_of(x, weight, padding=padding, residual=residual, act=act), name=name)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -104,14 +125,18 @@ def test_random_geometries(data: st.DataObject) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["direct", "winograd2", "winograd4"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
-def test_special_values_go_where_the_framework_puts_them(value: str, act: str) -> None:
-    site = site_of((1, 6, 5, 5), (40, 6, 3, 3), padding=1, act=act)
+@pytest.mark.parametrize("channels", [3, 6, 20])
+def test_special_values_go_where_the_framework_puts_them(
+    name: str, value: str, act: str, channels: int
+) -> None:
+    site = site_of((1, channels, 7, 9), (40, channels, 3, 3), padding=1, act=act)
     x, args, _ = random_inputs(site, "cpu", 1)
     x[0, 2, 2, 3] = float(value)
     expected = run_aten(x, args, None, act)
-    actual = CANDIDATES["direct"].run(x, args, None, act)
+    actual = CANDIDATES[name].run(x, args, None, act)
     assert torch.equal(actual.isnan(), expected.isnan())
     assert torch.equal(actual.isinf(), expected.isinf())
 
@@ -124,12 +149,15 @@ def test_registration_and_empty_batch() -> None:
     assert CANDIDATES["direct"].run(x[:0], args, residual[:0], "relu").shape == (0, 7, 6, 5)
 
 
-def test_it_runs_where_it_is_faster() -> None:
+def test_the_default_order() -> None:
     pointwise = site_of((1, 256, 14, 14), (1024, 256, 1, 1), residual=True)
-    assert default_order(pointwise)[0] == "direct"
+    assert default_order(pointwise) == ("direct", "onednn", "aten")
     assert verify(pointwise, CANDIDATES["direct"], "cpu").ok
-    assert default_order(site_of((1, 256, 56, 56), (64, 256, 1, 1)))[0] == "onednn"
-    assert default_order(site_of((1, 64, 56, 56), (64, 64, 3, 3), padding=1))[0] == "onednn"
+    large = site_of((1, 64, 56, 56), (64, 64, 3, 3), padding=1)
+    assert default_order(large) == ("winograd4", "direct", "onednn", "aten")
+    assert verify(large, CANDIDATES["winograd4"], "cpu").ok
+    # Transformed weights are eight times as many bytes: read once, for few tiles, they cost more.
+    assert default_order(site_of((1, 256, 14, 14), (256, 256, 3, 3), padding=1))[0] == "direct"
 
 
 def test_guards() -> None:

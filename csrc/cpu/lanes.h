@@ -1,0 +1,78 @@
+// Vectors of fp32 from and to memory that holds fp32 or bf16, for any vector width and instruction
+// set.
+#pragma once
+
+#include <cstring>
+
+#include "../math/round.h"
+#include "isa.h"
+
+namespace resnet_fast::cpu {
+
+// The integers beside a vector of fp32 of so many bytes. Written out, because GCC 12 confuses
+// vector types whose size depends on a template's parameter.
+template <size_t kBytes>
+struct Integers;
+template <>
+struct Integers<16> {
+  typedef uint32_t Word __attribute__((vector_size(16)));
+  typedef uint16_t Half __attribute__((vector_size(8)));
+};
+template <>
+struct Integers<32> {
+  typedef uint32_t Word __attribute__((vector_size(32)));
+  typedef uint16_t Half __attribute__((vector_size(16)));
+};
+template <>
+struct Integers<64> {
+  typedef uint32_t Word __attribute__((vector_size(64)));
+  typedef uint16_t Half __attribute__((vector_size(32)));
+};
+
+template <typename Vec>
+RF_INLINE inline void load_lanes(const float* from, Vec* to) {
+  std::memcpy(to, from, sizeof(Vec));
+}
+
+template <typename Vec>
+RF_INLINE inline void store_lanes(const Vec& from, float* to) {
+  std::memcpy(to, &from, sizeof(Vec));
+}
+
+template <typename Vec>
+RF_INLINE inline void load_lanes(const bf16* from, Vec* to) {
+  using Word = typename Integers<sizeof(Vec)>::Word;
+  using Half = typename Integers<sizeof(Vec)>::Half;
+  Half half;
+  std::memcpy(&half, from, sizeof(half));
+  *to = reinterpret_cast<Vec>(__builtin_convertvector(half, Word) << 16);
+}
+
+// Rounds to nearest even, as Narrow<bf16> does.
+template <typename Vec>
+RF_INLINE inline void store_lanes(const Vec& from, bf16* to) {
+  using Word = typename Integers<sizeof(Vec)>::Word;
+  using Half = typename Integers<sizeof(Vec)>::Half;
+  const Word bits = reinterpret_cast<Word>(from);
+  const Word rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const Word word = from == from ? rounded : Word{} + 0x7FC0u;
+  const Half half = __builtin_convertvector(word, Half);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+// The first `count` lanes, fewer than a vector has; zeros for the others.
+template <typename T, typename Vec>
+RF_INLINE inline void load_some_lanes(const T* from, int64_t count, Vec* to) {
+  T values[sizeof(Vec) / sizeof(float)] = {};
+  std::memcpy(values, from, static_cast<size_t>(count) * sizeof(T));
+  load_lanes(values, to);
+}
+
+template <typename T, typename Vec>
+RF_INLINE inline void store_some_lanes(const Vec& from, int64_t count, T* to) {
+  T values[sizeof(Vec) / sizeof(float)];
+  store_lanes(from, values);
+  std::memcpy(to, values, static_cast<size_t>(count) * sizeof(T));
+}
+
+}  // namespace resnet_fast::cpu
