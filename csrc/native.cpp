@@ -87,10 +87,11 @@ py::list kernel_variants() {
   const std::vector<const char*> tiled = {"baseline", "avx2", "avx512"};
   const std::vector<const char*> paired = {"baseline", "avx2", "avx512", "avx512bf16"};
   const std::vector<Row> cpu = {
-      {"conv_bn_act", "panel_gemm", tiled}, {"conv_bn_act", "depthwise", tiled},
-      {"conv_bn_act", "direct", paired},    {"conv_bn_act", "winograd2", tiled},
-      {"conv_bn_act", "winograd4", tiled},  {"bn_act", "affine", pointwise},
-      {"add_act", "affine", pointwise},     {"bn_act_train", "two_pass", pointwise}};
+      {"conv_bn_act", "panel_gemm", tiled},   {"conv_bn_act", "depthwise", tiled},
+      {"conv_bn_act", "direct", paired},      {"conv_bn_act", "winograd2", tiled},
+      {"conv_bn_act", "winograd4", tiled},    {"conv_bn_act", "grouped", tiled},
+      {"bn_act", "affine", pointwise},        {"add_act", "affine", pointwise},
+      {"bn_act_train", "two_pass", pointwise}};
   py::list rows;
   const auto add = [&](const std::string& op, const std::string& name, const char* device,
                        const std::string& isa) {

@@ -6,10 +6,10 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] "
       "stride, int[] padding, int[] dilation, int groups, str act) -> Tensor");
   m.def("_release_memory() -> int");
-  m.def("_direct_weight(Tensor weight) -> Tensor");
+  m.def("_direct_weight(Tensor weight, int groups) -> Tensor");
   m.def(
       "_direct_conv(Tensor x, Tensor packed, Tensor weight, Tensor? scale, Tensor? shift, Tensor? "
-      "residual, int[] stride, int[] padding, int[] dilation, str act) -> Tensor");
+      "residual, int[] stride, int[] padding, int[] dilation, int groups, str act) -> Tensor");
   m.def("_winograd_weight(Tensor weight, int m) -> Tensor");
   m.def(
       "_winograd_conv(Tensor x, Tensor packed, Tensor weight, int m, Tensor? scale, Tensor? shift, "

@@ -42,9 +42,9 @@ def poison_pool() -> None:
     """Fills the memory that the next outputs will get with NaN."""
     weight = torch.ones(64, 2, 1, 1).bfloat16()
     x = torch.ones(1, 2, 256, 256).bfloat16()
-    packed = torch.ops.resnet_fast._direct_weight(weight)
+    packed = torch.ops.resnet_fast._direct_weight(weight, 1)
     torch.ops.resnet_fast._direct_conv(
-        x, packed, weight, None, None, None, [1, 1], [0, 0], [1, 1], "none"
+        x, packed, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, "none"
     ).fill_(float("nan"))
 
 
@@ -162,8 +162,8 @@ def test_the_default_order() -> None:
 
 def test_guards() -> None:
     weight = torch.randn(8, 4, 1, 1).bfloat16()
-    packed = torch.ops.resnet_fast._direct_weight(weight)
-    arguments = [None, None, None, [1, 1], [0, 0], [1, 1], "relu"]
+    packed = torch.ops.resnet_fast._direct_weight(weight, 1)
+    arguments = [None, None, None, [1, 1], [0, 0], [1, 1], 1, "relu"]
     x = torch.randn(1, 4, 3, 3)
     with pytest.raises(RuntimeError, match="weight"):
         torch.ops.resnet_fast._direct_conv(x, packed, weight, *arguments)
@@ -172,4 +172,4 @@ def test_guards() -> None:
     with pytest.raises(RuntimeError, match="packed"):
         torch.ops.resnet_fast._direct_conv(x.bfloat16(), packed[1:], weight, *arguments)
     with pytest.raises(RuntimeError, match="weight"):
-        torch.ops.resnet_fast._direct_weight(weight.half())
+        torch.ops.resnet_fast._direct_weight(weight.half(), 1)

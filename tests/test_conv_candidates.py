@@ -71,9 +71,9 @@ def poison_pool() -> None:
     """Fills the memory that the next outputs will get with NaN."""
     weight = torch.ones(64, 1, 1, 1)
     x = torch.ones(1, 1, 256, 256)
-    packed = torch.ops.resnet_fast._direct_weight(weight)
+    packed = torch.ops.resnet_fast._direct_weight(weight, 1)
     out = torch.ops.resnet_fast._direct_conv(
-        x, packed, weight, None, None, None, [1, 1], [0, 0], [1, 1], "none"
+        x, packed, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, "none"
     )
     out.fill_(float("nan"))
 
@@ -368,7 +368,7 @@ def direct(**changes: object) -> Callable[[], Tensor]:
     weight = torch.randn(8, 4, 3, 3)
     arguments = {
         "x": torch.randn(1, 4, 6, 6),
-        "packed": torch.ops.resnet_fast._direct_weight(weight),
+        "packed": torch.ops.resnet_fast._direct_weight(weight, 1),
         "weight": weight,
         "scale": None,
         "shift": None,
@@ -376,6 +376,7 @@ def direct(**changes: object) -> Callable[[], Tensor]:
         "stride": [1, 1],
         "padding": [1, 1],
         "dilation": [1, 1],
+        "groups": 1,
         "act": "relu",
     } | changes
     return lambda: torch.ops.resnet_fast._direct_conv(*arguments.values())
@@ -425,7 +426,7 @@ def test_memory_is_kept_and_given_back() -> None:
     resnet_fast.release_memory()
     x = torch.randn(1, 8, 128, 128)
     weight = torch.randn(64, 8, 3, 3)
-    call = direct(x=x, packed=torch.ops.resnet_fast._direct_weight(weight), weight=weight)
+    call = direct(x=x, packed=torch.ops.resnet_fast._direct_weight(weight, 1), weight=weight)
     first = call()
     assert resnet_fast.release_memory() < first.numel() * 4  # what is in use stays
     address = first.data_ptr()

@@ -32,6 +32,7 @@ def step(kind: str, read: int, made: int, **fields: Any) -> list[int]:
         fields.get("act", 0),
         fields.get("filters", 0),
         *window,
+        fields.get("groups", 1),
     ]
 
 
@@ -85,7 +86,7 @@ def test_mean(channels: int, dtype: torch.dtype) -> None:
 def convolution(filters: int = 32, channels: int = 32, kernel: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(filters, channels, kernel, kernel, generator=generator)
-    packed = torch.ops.resnet_fast._direct_weight(weight)
+    packed = torch.ops.resnet_fast._direct_weight(weight, 1)
     return [packed, weight, torch.ones(filters), torch.zeros(filters)]
 
 
@@ -111,7 +112,7 @@ def test_a_residual_is_written_over_only_where_that_is_the_same(filters: int, ac
         name = resnet_fast.ops.activation.ACTIVATIONS[act]
         values.append(
             torch.ops.resnet_fast._direct_conv(
-                values[i], *constants, added, [1, 1], [0, 0], [1, 1], name
+                values[i], *constants, added, [1, 1], [0, 0], [1, 1], 1, name
             )
         )
     assert torch.equal(run(x, constants, steps), values[-1])

@@ -22,7 +22,7 @@ constexpr int64_t kBandRows = 4;  // lines of output a task makes
 
 // Whether the windows are worth reading this way.
 inline bool reads_bands(const Geometry& g) {
-  return g.in[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0 && g.taps() > 1 &&
+  return g.groups == 1 && g.in[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0 && g.taps() > 1 &&
          g.dilation[2] == 1 && g.channels < kBandChannels && g.depth() <= Panel<float>::kDepth;
 }
 
@@ -68,8 +68,8 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
   const int64_t bands = (g.out[1] + kBandRows - 1) / kBandRows;
   const int64_t wide = band_channels<K>(g.channels), depth = g.taps() * wide;
   const bool packed_apart = band_depth<K>(g.channels, g.taps()) > 0;
-  const int64_t blocks = (g.filters + NR - 1) / NR;
-  const T* packed = o.packed + (packed_apart ? blocks * NR * padded_depth<K>(g.depth()) : 0);
+  const int64_t size = group_packed_size<K>(g.filters, g.channels, g.taps());
+  const T* packed = o.packed + (packed_apart ? size : 0);
   const int64_t step = g.stride[2] * wide, run = g.kernel[2] * wide;
   const int64_t length = (g.out[2] - 1) * step + run;
   const int64_t lines = (kBandRows - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;

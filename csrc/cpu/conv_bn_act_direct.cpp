@@ -1,7 +1,9 @@
-// conv_bn_act for dense kernels over weights packed once, fp32 and bf16: the ops, and the fp32
-// kernel. How the work is laid out is in direct.h.
+// conv_bn_act over weights packed once, fp32 and bf16: the ops, and the fp32 kernel of the matrix
+// product. How its work is laid out is in direct.h; narrow groups have a kernel of their own
+// (grouped.h).
 #include "band.h"
 #include "direct.h"
+#include "grouped.h"
 #include "pool.h"
 
 namespace resnet_fast::cpu {
@@ -22,32 +24,38 @@ struct DirectFp32 {
   }
 };
 
-int64_t packed_size(ScalarType dtype, int64_t filters, int64_t channels, int64_t taps) {
-  return dtype == ScalarType::BFloat16 ? direct_bf16_packed_size(filters, channels, taps)
-                                       : direct_fp32_packed_size(filters, channels, taps);
-}
-
 void check_dtype(const char* name, const Tensor& t) {
   const bool bf16_here = t.scalar_type() == ScalarType::BFloat16 && has_direct_bf16();
   STD_TORCH_CHECK(t.is_cpu() && (t.scalar_type() == ScalarType::Float || bf16_here), name,
                   ": expected a CPU tensor of float32, or bfloat16 where the CPU multiplies it");
 }
 
-Tensor direct_weight(const Tensor& weight) {
+Tensor direct_weight(const Tensor& weight, int64_t groups) {
   check_dtype("weight", weight);
   STD_TORCH_CHECK(weight.dim() >= 3 && weight.dim() <= 5, "weight: expected 3 to 5 dimensions");
   const int64_t filters = weight.size(0), channels = weight.size(1);
+  STD_TORCH_CHECK(groups > 0 && filters % groups == 0,
+                  "groups: expected a positive divisor of the filters");
   int64_t taps = 1;
   for (int64_t d = 2; d < weight.dim(); ++d) taps *= weight.size(d);
   const Tensor dense = as_format(weight, MemoryFormat::Contiguous);
-  const ScalarType dtype = weight.scalar_type();
-  const Tensor packed = empty_packed(packed_size(dtype, filters, channels, taps), dtype, weight);
-  if (dtype == ScalarType::BFloat16) {
-    pack_direct_bf16(data_of<bf16>(dense), filters, channels, taps, mutable_data_of<bf16>(packed));
+  const DirectPacked form = direct_packed(weight.scalar_type(), filters, channels, taps, groups);
+  const Tensor packed = empty_packed(form.size, form.dtype, weight);
+  const bool is_bf16 = weight.scalar_type() == ScalarType::BFloat16;
+  if (form.narrow) {
+    auto* const to = mutable_data_of<float>(packed);
+    if (is_bf16) {
+      pack_grouped(data_of<bf16>(dense), filters, channels, taps, to);
+    } else {
+      pack_grouped(data_of<float>(dense), filters, channels, taps, to);
+    }
+  } else if (is_bf16) {
+    pack_direct_bf16(data_of<bf16>(dense), filters, channels, taps, groups,
+                     mutable_data_of<bf16>(packed));
   } else {
     run_on_isa([&](auto isa) {
       pack_direct<DirectFp32<decltype(isa)::value>>(data_of<float>(dense), filters, channels, taps,
-                                                    mutable_data_of<float>(packed));
+                                                    groups, mutable_data_of<float>(packed));
     });
   }
   return packed;
@@ -55,15 +63,18 @@ Tensor direct_weight(const Tensor& weight) {
 
 Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
                    const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
-                   IntList stride, IntList padding, IntList dilation, const std::string& act_name) {
+                   IntList stride, IntList padding, IntList dilation, int64_t groups,
+                   const std::string& act_name) {
   const Act act = parse_act(act_name);
-  const Geometry g = checked_geometry(x, weight, stride, padding, dilation, 1);
+  const Geometry g = checked_geometry(x, weight, stride, padding, dilation, groups);
   check_dtype("x", x);
-  STD_TORCH_CHECK(x.dim() == 4 || x.dim() == 5, "x: expected rank 4 or 5");
-  STD_TORCH_CHECK(
-      packed.is_cpu() && packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
-          packed.numel() == packed_size(x.scalar_type(), g.filters, g.channels, g.taps()),
-      "packed: expected what _direct_weight returns for this weight");
+  STD_TORCH_CHECK(x.dim() == 4 || (x.dim() == 5 && groups == 1),
+                  "x: expected rank 4, or 5 with one group");
+  const DirectPacked form =
+      direct_packed(x.scalar_type(), g.filters, g.group_channels(), g.taps(), groups);
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == form.dtype && packed.is_contiguous() &&
+                      packed.numel() == form.size,
+                  "packed: expected what _direct_weight returns for this weight");
   if (scale) check_channel_vector("scale", *scale, x, g.filters);
   if (shift) check_channel_vector("shift", *shift, x, g.filters);
   std::vector<int64_t> shape = {g.batch, g.filters};
@@ -78,9 +89,9 @@ Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
   const auto b = channel_values<float>(shift, g.filters, 0.0f);
   const auto go = [&](auto tag) {
     using T = typename decltype(tag)::type;
-    direct(g,
-           DirectOperands<T>{data_of<T>(dense), data_of<T>(packed), a.data(), b.data(),
-                             residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), act});
+    const T* const r = residual ? data_of<T>(added) : nullptr;
+    run_direct<T>(g, {data_of<T>(dense), packed.const_data_ptr(), a.data(), b.data(), r,
+                      mutable_data_of<T>(y), act, false});
   };
   if (x.scalar_type() == ScalarType::BFloat16) {
     go(TypeTag<bf16>{});
@@ -92,10 +103,36 @@ Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
 
 }  // namespace
 
-int64_t direct_fp32_packed_size(int64_t filters, int64_t channels, int64_t taps) {
+DirectPacked direct_packed(ScalarType dtype, int64_t filters, int64_t channels, int64_t taps,
+                           int64_t groups) {
+  if (groups > 1 && is_narrow(dtype, channels, filters / groups)) {
+    return {true, ScalarType::Float, grouped_packed_size(filters, channels, taps)};
+  }
+  const int64_t size = dtype == ScalarType::BFloat16
+                           ? direct_bf16_packed_size(filters, channels, taps, groups)
+                           : direct_fp32_packed_size(filters, channels, taps, groups);
+  return {false, dtype, size};
+}
+
+template <typename T>
+void run_direct(const Geometry& g, const AnyDirect<T>& o) {
+  constexpr bool kIsFloat = std::is_same_v<T, float>;
+  const ScalarType dtype = kIsFloat ? ScalarType::Float : ScalarType::BFloat16;
+  if (g.groups > 1 && is_narrow(dtype, g.group_channels(), g.group_filters())) {
+    return grouped(g, GroupedOperands<T>{o.x, static_cast<const float*>(o.packed), o.scale, o.shift,
+                                         o.residual, o.y, o.act});
+  }
+  direct(g, DirectOperands<T>{o.x, static_cast<const T*>(o.packed), o.scale, o.shift, o.residual,
+                              o.y, o.act, o.planar});
+}
+
+template void run_direct(const Geometry& g, const AnyDirect<float>& o);
+template void run_direct(const Geometry& g, const AnyDirect<bf16>& o);
+
+int64_t direct_fp32_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_t groups) {
   int64_t size = 0;
   run_on_isa([&](auto isa) {
-    size = direct_packed_size<DirectFp32<decltype(isa)::value>>(filters, channels, taps);
+    size = direct_packed_size<DirectFp32<decltype(isa)::value>>(filters, channels, taps, groups);
   });
   return size;
 }
@@ -109,9 +146,9 @@ void direct(const Geometry& g, const DirectOperands<float>& o) {
       });
     }
     const DirectCut cut(g, DirectFp32<kIsa>::kBlock, worker_count());
-    parallel_on<kIsa>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end) RF_INLINE {
-      direct_tasks<DirectFp32<kIsa>>(g, o, cut, begin, end);
-    });
+    parallel_on<kIsa>(g.groups * cut.chunks * cut.strips,
+                      [&](int64_t begin, int64_t end)
+                          RF_INLINE { direct_tasks<DirectFp32<kIsa>>(g, o, cut, begin, end); });
   });
 }
 

@@ -126,12 +126,13 @@ bool has_direct_bf16() {
   return has;
 }
 
-int64_t direct_bf16_packed_size(int64_t filters, int64_t channels, int64_t taps) {
-  return direct_packed_size<DirectBf16>(filters, channels, taps);
+int64_t direct_bf16_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_t groups) {
+  return direct_packed_size<DirectBf16>(filters, channels, taps, groups);
 }
 
-void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64_t taps, bf16* to) {
-  pack_direct<DirectBf16>(from, filters, channels, taps, to);
+void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64_t taps,
+                      int64_t groups, bf16* to) {
+  pack_direct<DirectBf16>(from, filters, channels, taps, groups, to);
 }
 
 void direct(const Geometry& g, const DirectOperands<bf16>& o) {
@@ -141,9 +142,9 @@ void direct(const Geometry& g, const DirectOperands<bf16>& o) {
     });
   }
   const DirectCut cut(g, DirectBf16::kBlock, worker_count());
-  parallel_on<Isa::avx512>(cut.chunks * cut.strips, [&](int64_t begin, int64_t end) RF_INLINE {
-    direct_tasks<DirectBf16>(g, o, cut, begin, end);
-  });
+  parallel_on<Isa::avx512>(g.groups * cut.chunks * cut.strips,
+                           [&](int64_t begin, int64_t end)
+                               RF_INLINE { direct_tasks<DirectBf16>(g, o, cut, begin, end); });
 }
 
 }  // namespace resnet_fast::cpu
@@ -153,8 +154,8 @@ void direct(const Geometry& g, const DirectOperands<bf16>& o) {
 namespace resnet_fast::cpu {
 
 bool has_direct_bf16() { return false; }
-int64_t direct_bf16_packed_size(int64_t, int64_t, int64_t) { return 0; }
-void pack_direct_bf16(const bf16*, int64_t, int64_t, int64_t, bf16*) {}
+int64_t direct_bf16_packed_size(int64_t, int64_t, int64_t, int64_t) { return 0; }
+void pack_direct_bf16(const bf16*, int64_t, int64_t, int64_t, int64_t, bf16*) {}
 void direct(const Geometry&, const DirectOperands<bf16>&) {}
 
 }  // namespace resnet_fast::cpu

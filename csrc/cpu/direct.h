@@ -66,22 +66,31 @@ int64_t band_depth(int64_t channels, int64_t taps) {
   return channels < kBandChannels && wide != channels && taps > 1 ? taps * wide : 0;
 }
 
+// Of a group's filters, over a group's channels.
 template <typename K>
-int64_t direct_packed_size(int64_t filters, int64_t channels, int64_t taps) {
-  const int64_t depth = padded_depth<K>(taps * channels) + band_depth<K>(channels, taps);
-  return (filters + K::kBlock - 1) / K::kBlock * K::kBlock * depth;
+int64_t group_packed_size(int64_t filters, int64_t channels, int64_t taps) {
+  return (filters + K::kBlock - 1) / K::kBlock * K::kBlock * padded_depth<K>(taps * channels);
 }
 
-// How the work is cut: pixels in chunks, filters in strips of whole blocks.
+// `filters` of all groups together, `channels` of one.
+template <typename K>
+int64_t direct_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_t groups) {
+  const int64_t size = groups * group_packed_size<K>(filters / groups, channels, taps);
+  const int64_t blocks = (filters + K::kBlock - 1) / K::kBlock;
+  return groups > 1 ? size : size + blocks * K::kBlock * band_depth<K>(channels, taps);
+}
+
+// How the work on a group is cut: pixels in chunks, filters in strips of whole blocks.
 struct DirectCut {
   int64_t chunks, strips, blocks;
 
   DirectCut(const Geometry& g, int64_t nr, int64_t threads) {
-    blocks = (g.filters + nr - 1) / nr;
+    const int64_t filters = g.group_filters();
+    blocks = (filters + nr - 1) / nr;
     chunks = (g.pixels() + kChunk - 1) / kChunk;
     if (chunks > threads) chunks = (chunks + threads - 1) / threads * threads;
-    const int64_t wanted = (threads + chunks - 1) / chunks;
-    strips = std::clamp(wanted, (g.filters + kStrip - 1) / kStrip, blocks);
+    const int64_t wanted = g.groups > 1 ? 1 : (threads + chunks - 1) / chunks;
+    strips = std::clamp(wanted, (filters + kStrip - 1) / kStrip, blocks);
   }
 };
 
@@ -115,6 +124,9 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
                         g.padding == std::array<int64_t, 3>{} && depth <= kDepth && depth == padded;
   T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * kPanelStride);
   const int64_t row_stride = in_place ? g.channels : kPanelStride;
+  const int64_t width = g.group_channels(), filters = g.group_filters();
+  const int64_t group_size = group_packed_size<K>(filters, width, g.taps());
+  const int64_t group_tasks = cut.chunks * cut.strips;
   const int64_t most_blocks = (cut.blocks + cut.strips - 1) / cut.strips;
   const int64_t sums_stride = most_blocks * NR;
   float* sums = sums_memory.get<float>(kChunk * sums_stride);
@@ -123,7 +135,8 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   const bool worth_prefetching = g.channels >= 32;
 
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task / cut.strips, strip = task % cut.strips;
+    const int64_t group = task / group_tasks;
+    const int64_t chunk = task % group_tasks / cut.strips, strip = task % cut.strips;
     const int64_t pixel = cut_at(pixels, cut.chunks, chunk);
     const int64_t count = cut_at(pixels, cut.chunks, chunk + 1) - pixel;
     const int64_t first_block = cut_at(cut.blocks, cut.strips, strip);
@@ -132,7 +145,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
     for (int64_t i = 0; i < count; ++i) windows[i] = window_of(g, pixel + i);
     int64_t count_ahead = 0;
     if (task + 1 < end) {
-      const int64_t next = (task + 1) / cut.strips;
+      const int64_t next = (task + 1) % group_tasks / cut.strips;
       const int64_t first = cut_at(pixels, cut.chunks, next);
       count_ahead = cut_at(pixels, cut.chunks, next + 1) - first;
       for (int64_t i = 0; i < count_ahead; ++i) ahead[i] = window_of(g, first + i);
@@ -140,10 +153,10 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
     for (int64_t d0 = 0; d0 < depth; d0 += kDepth) {
       const int64_t d1 = std::min(depth, d0 + kDepth);
       const int64_t columns = std::min(padded - d0, kDepth);
-      const T* panel = o.x + pixel * g.channels;
+      const T* panel = o.x + pixel * g.channels + group * width;
       if (!in_place) {
         panel = gathered;
-        const Runs runs(g, 0, g.channels, d0, d1);
+        const Runs runs(g, group * width, width, d0, d1);
         for (int64_t i = 0; i < count; ++i) {
           T* row = gathered + i * kPanelStride;
           gather_row(g, o.x, windows[i], runs, row);
@@ -154,7 +167,8 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       const bool same = d1 < depth;
       const int64_t due = !worth_prefetching ? 0 : same ? count : count_ahead;
       const int64_t p0 = same ? d1 : 0;
-      const Runs runs_ahead(g, 0, g.channels, p0, std::min(depth, p0 + kDepth));
+      const int64_t group_ahead = same ? group : (task + 1) / group_tasks;
+      const Runs runs_ahead(g, group_ahead * width, width, p0, std::min(depth, p0 + kDepth));
       TileOut<T> out{};
       out.sums_stride = sums_stride;
       out.chain = chain;
@@ -163,12 +177,13 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       out.low = clamp.low;
       out.high = clamp.high;
       for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t k0 = block * NR;
-        const bool whole = k0 + NR <= g.filters && clamp.is_clamp;
+        const int64_t k0 = group * filters + block * NR;
+        const int64_t columns_left = std::min(NR, filters - block * NR);
+        const bool whole = columns_left == NR && clamp.is_clamp;
         out.last = d1 == depth && whole;
         out.scale = o.scale + k0;
         out.shift = o.shift + k0;
-        const T* packed = o.packed + (d0 * cut.blocks + block * columns) * NR;
+        const T* packed = o.packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
         const int64_t blocks = last_block - first_block, done = block - first_block;
         for (int64_t i = cut_at(due, blocks, done); i < cut_at(due, blocks, done + 1); ++i) {
           prefetch_row(g, o.x, same ? windows[i] : ahead[i], runs_ahead);
@@ -183,7 +198,6 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
           K::multiply(rows, {panel + row * row_stride, row_stride, columns, 0}, packed, columns,
                       out);
           if (d1 == depth && !whole) {
-            const int64_t columns_left = std::min(NR, g.filters - k0);
             finish_rows(o, g.filters, rows, columns_left, out.sums, sums_stride, k0, at);
           }
         }
@@ -220,23 +234,52 @@ void pack_rows(const typename K::T* from, int64_t filters, int64_t channels, int
 
 template <typename K>
 void pack_direct(const typename K::T* from, int64_t filters, int64_t channels, int64_t taps,
-                 typename K::T* to) {
-  pack_rows<K>(from, filters, channels, channels, taps, to);
-  if (band_depth<K>(channels, taps) > 0) {
-    const int64_t blocks = (filters + K::kBlock - 1) / K::kBlock;
-    pack_rows<K>(from, filters, channels, band_channels<K>(channels), taps,
-                 to + blocks * K::kBlock * padded_depth<K>(taps * channels));
+                 int64_t groups, typename K::T* to) {
+  const int64_t each = filters / groups, size = group_packed_size<K>(each, channels, taps);
+  for (int64_t group = 0; group < groups; ++group) {
+    pack_rows<K>(from + group * each * channels * taps, each, channels, channels, taps,
+                 to + group * size);
+  }
+  if (groups == 1 && band_depth<K>(channels, taps) > 0) {
+    pack_rows<K>(from, filters, channels, band_channels<K>(channels), taps, to + size);
   }
 }
 
+// How _direct_weight packs a weight: for narrow groups (grouped.h) or for the product above.
+struct DirectPacked {
+  bool narrow;
+  ScalarType dtype;
+  int64_t size;
+};
+DirectPacked direct_packed(ScalarType dtype, int64_t filters, int64_t channels, int64_t taps,
+                           int64_t groups);
+
+// DirectOperands over either.
+template <typename T>
+struct AnyDirect {
+  const T* x;
+  const void* packed;
+  const float* scale;
+  const float* shift;
+  const T* residual;
+  T* y;
+  Act act;
+  bool planar;
+};
+
+// Whichever kernel direct_packed names.
+template <typename T>
+void run_direct(const Geometry& g, const AnyDirect<T>& o);
+
 // The fp32 kernel (conv_bn_act_direct.cpp).
-int64_t direct_fp32_packed_size(int64_t filters, int64_t channels, int64_t taps);
+int64_t direct_fp32_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_t groups);
 void direct(const Geometry& g, const DirectOperands<float>& o);
 
 // The bf16 kernel, for CPUs with AVX512_BF16 (conv_bn_act_direct_avx512bf16.cpp).
 bool has_direct_bf16();
-int64_t direct_bf16_packed_size(int64_t filters, int64_t channels, int64_t taps);
-void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64_t taps, bf16* to);
+int64_t direct_bf16_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_t groups);
+void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64_t taps,
+                      int64_t groups, bf16* to);
 void direct(const Geometry& g, const DirectOperands<bf16>& o);
 
 }  // namespace resnet_fast::cpu

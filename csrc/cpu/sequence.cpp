@@ -39,9 +39,10 @@ struct Record {
   int64_t act;
   int64_t filters;
   int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t groups;
 };
 constexpr int64_t kFields = sizeof(Record) / sizeof(int64_t);
-static_assert(sizeof(Record) == 15 * sizeof(int64_t));
+static_assert(sizeof(Record) == 16 * sizeof(int64_t));
 
 struct Step {
   Kind kind;
@@ -118,8 +119,7 @@ class Sequence {
   static void run_step(const Step& s, const T* in, bool planar, const T* residual, T* out) {
     switch (s.kind) {
       case Kind::direct:
-        return direct(s.g, DirectOperands<T>{in, static_cast<const T*>(s.packed), s.scale, s.shift,
-                                             residual, out, s.act, planar});
+        return run_direct<T>(s.g, {in, s.packed, s.scale, s.shift, residual, out, s.act, planar});
       case Kind::winograd2:
       case Kind::winograd4: {
         WinogradOperands<T> o{in,
@@ -155,6 +155,10 @@ class Sequence {
     STD_TORCH_CHECK(convolves || (r.residual < 0 && r.act == 0),
                     "steps: only a convolution has a residual or an activation");
     Value& from = values_[r.in];
+    const bool grouped = r.groups > 1 && r.kind == Kind::direct && r.filters % r.groups == 0 &&
+                         from.channels % r.groups == 0;
+    STD_TORCH_CHECK(r.groups == 1 || grouped,
+                    "steps: groups divide the channels and filters of a direct convolution");
     Step s{r.kind, r.in, r.residual, r.out, static_cast<Act>(r.act)};
     Geometry& g = s.g;
     g.batch = x_.size(0);
@@ -164,7 +168,7 @@ class Sequence {
         !pads || (r.kernel[0] == 1 && r.kernel[1] == 1 && r.padding[0] == 0 && r.padding[1] == 0),
         "steps: channels are added pixel by pixel");
     g.filters = convolves || pads ? r.filters : from.channels;
-    g.groups = 1;
+    g.groups = r.groups;
     g.in = {1, from.height, from.width};
     g.kernel = g.stride = g.dilation = g.out = {1, 1, 1};
     if (r.kind != Kind::mean) {
@@ -203,11 +207,6 @@ class Sequence {
     steps_.push_back(s);
   }
 
-  static int64_t direct_packed_size_of(const Geometry& g) {
-    return kIsFloat ? direct_fp32_packed_size(g.filters, g.channels, g.taps())
-                    : direct_bf16_packed_size(g.filters, g.channels, g.taps());
-  }
-
   void bind(Step& s, const Record& r, const std::vector<Tensor>& constants) {
     const Geometry& g = s.g;
     STD_TORCH_CHECK(r.filters > 0 && r.constants >= 0 &&
@@ -215,8 +214,12 @@ class Sequence {
                     "steps: constants out of range");
     const Tensor* const c = constants.data() + r.constants;
     const bool is_direct = r.kind == Kind::direct;
-    const ScalarType types[4] = {is_direct ? kType : ScalarType::Float, kType, ScalarType::Float,
-                                 ScalarType::Float};
+    STD_TORCH_CHECK(!is_direct || kIsFloat || has_direct_bf16(),
+                    "steps: this CPU does not multiply bfloat16");
+    const DirectPacked form =
+        is_direct ? direct_packed(kType, g.filters, g.group_channels(), g.taps(), g.groups)
+                  : DirectPacked{false, ScalarType::Float, 0};
+    const ScalarType types[4] = {form.dtype, kType, ScalarType::Float, ScalarType::Float};
     for (int i = 0; i < 4; ++i) {
       STD_TORCH_CHECK(c[i].is_cpu() && c[i].scalar_type() == types[i],
                       "constants: expected CPU tensors, scale and shift in float32, others in the "
@@ -225,10 +228,8 @@ class Sequence {
     }
     const Tensor& weight = c[1];
     if (is_direct) {
-      STD_TORCH_CHECK(kIsFloat || has_direct_bf16(), "steps: this CPU does not multiply bfloat16");
-      STD_TORCH_CHECK(c[0].numel() == direct_packed_size_of(g),
-                      "constants: expected what _direct_weight returns");
-      s.packed = data_of<T>(c[0]);
+      STD_TORCH_CHECK(c[0].numel() == form.size, "constants: expected what _direct_weight returns");
+      s.packed = c[0].const_data_ptr();
     } else {
       const bool plain = g.kernel == std::array<int64_t, 3>{1, 3, 3} && g.taps() == 9 &&
                          g.stride == g.dilation && g.stride == std::array<int64_t, 3>{1, 1, 1};
@@ -254,7 +255,8 @@ class Sequence {
   // Winograd's kernel may come back to a tile, and reads it again.
   bool may_overwrite(const Step& s, int64_t i) const {
     return s.kind == Kind::direct && s.residual > 0 && s.residual != s.in &&
-           values_[s.residual].last == i && s.g.filters % 32 == 0 && clamp_of(s.act).is_clamp;
+           values_[s.residual].last == i && s.g.groups == 1 && s.g.filters % 32 == 0 &&
+           clamp_of(s.act).is_clamp;
   }
 
   // A place for every value but the input and the result: the lowest gap among what lives.

@@ -32,11 +32,11 @@ KINDS = {
 }
 
 #: Integers in a step.
-STEP_FIELDS = 15
+STEP_FIELDS = 16
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_NO_WINDOW = (1, 1, 1, 1, 0, 0, 1, 1)
+_NO_WINDOW = (1, 1, 1, 1, 0, 0, 1, 1, 1)  # the last is the number of groups
 _active = threading.local()
 
 
@@ -53,7 +53,7 @@ class Recorder:
     """The record of one forward that starts from ``x``.
 
     Attributes:
-        steps: integers, 15 a step, as csrc/cpu/sequence.cpp reads them.
+        steps: integers, 16 a step, as csrc/cpu/sequence.cpp reads them.
         constants: packed weight, weight, scale and shift of each convolution.
         sites: the prepared calls of the sites, in order.
         sources: what the constants were derived from, as :func:`sources_of` lists it.
@@ -103,7 +103,13 @@ class Recorder:
         conv = prepared.conv
         if layer is None or layer.weight.dim() != 4 or layer.weight.dtype is not self.x.dtype:
             return  # the result stays unknown
-        window = (*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation)
+        window = (
+            *conv.kernel_size,
+            *conv.stride,
+            *conv.padding,
+            *conv.dilation,
+            conv.groups,
+        )
         if self._enter(layer.kind, x, residual, y, self._fields(layer, act, window)):
             self.sites.append(prepared)
             self.settings.append((conv, _GEOMETRY))
@@ -119,13 +125,13 @@ class Recorder:
             return
         self.settings.append((module, _POOL))
         sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
-        window = [n for size in sizes for n in _pair(size)]
+        window = [*(n for size in sizes for n in _pair(size)), 1]
         if self._enter("max_pool", x, None, y, (-1, 0, 0, *window)):
             self._mark()
 
     def pad_channels(self, module: nn.Module, stride: int, x: Tensor, y: Tensor) -> None:
         """Enter a call that takes every ``stride``-th pixel of ``x`` and adds channels of zeros."""
-        window = (1, 1, stride, stride, 0, 0, 1, 1)
+        window = (1, 1, stride, stride, 0, 0, 1, 1, 1)
         if self._enter("pad_channels", x, None, y, (-1, 0, y.shape[1], *window)):
             self.settings.append((module, ("new_planes", "stride")))
             self._mark()

@@ -1,4 +1,4 @@
-"""``conv_bn_act`` for dense kernels by this package's register-tiled product (CPU, fp32, bf16).
+"""``conv_bn_act`` by this package's register-tiled product (CPU, fp32, bf16).
 
 The weights are packed once by strips of filters and kept (:mod:`resnet_fast.ops._pack`), which is
 why this registration takes the batch-norm tensors themselves: a graph that calls it always starts
@@ -56,17 +56,17 @@ def prepare(
     """:func:`run` for inputs like ``x``, the weights packed: call it with input and residual."""
     weight = weight_like(x, weight)
     packed, scale, shift = cached(
-        ("direct", eps),
+        ("direct", eps, groups),
         (weight, bias, bn_weight, bn_bias, mean, var),
         lambda: (
-            torch.ops.resnet_fast._direct_weight(weight.detach()),
+            torch.ops.resnet_fast._direct_weight(weight.detach(), groups),
             *fold(bias, bn_weight, bn_bias, mean, var, eps),
         ),
     )
     return PackedCall(
         torch.ops.resnet_fast._direct_conv.default,
         (packed, weight, scale, shift),
-        (stride, padding, dilation, act),
+        (stride, padding, dilation, groups, act),
         Layer("direct", packed, weight, scale, shift),
     )
 
@@ -89,7 +89,7 @@ def run(
 ) -> Tensor:
     """``act(BN(conv(x, weight) + bias) + residual)`` with running statistics.
 
-    Shapes as :func:`resnet_fast.ops.conv_bn_act` with two or three spatial dimensions and one
+    Shapes as :func:`resnet_fast.ops.conv_bn_act` with two spatial dimensions, or three and one
     group; ``x`` fp32 or bf16, weight of its dtype, sums and epilogue fp32. The output is
     channels-last.
     """

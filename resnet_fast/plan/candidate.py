@@ -145,8 +145,8 @@ def _packing_traced(op: str) -> Run:
 def _reject_direct(site: Site) -> str | None:
     if not site.device.startswith("cpu") or not conv_bn_act_direct.available(DTYPES[site.dtype]):
         return "the direct convolution runs on the CPU in fp32, and in bf16 with AVX512_BF16"
-    if site.groups != 1 or len(site.x_shape) not in (4, 5):
-        return "the direct convolution is dense, with two or three spatial dimensions"
+    if len(site.x_shape) != 4 and (len(site.x_shape) != 5 or site.groups > 1):
+        return "the direct convolution has two spatial dimensions, or three and one group"
     return _native_absence()
 
 
@@ -343,6 +343,21 @@ def _winograd_order(site: Site) -> tuple[str, ...]:
     )
 
 
+# Filters of a group that fill the matrix product's register tile.
+_TILE_FILTERS = 32
+
+
+def _wastes_lanes(site: Site) -> bool:
+    """Whether most of a vector would be idle in this package's grouped convolutions."""
+    channels, filters = site.weight_shape[1], site.weight_shape[0] // site.groups
+    native = _library.native()
+    if site.groups == 1 or filters >= _TILE_FILTERS:
+        return False
+    if native is None or (native.current_isa() == "baseline" and channels > 1):
+        return True
+    return channels != filters or 16 % channels != 0
+
+
 def default_order(site: Site) -> tuple[str, ...]:
     """Candidates to try without a measurement, best first.
 
@@ -358,5 +373,7 @@ def default_order(site: Site) -> tuple[str, ...]:
             return ("native", "aten")
         if site.dtype == "bfloat16" and not conv_bn_act_direct.available(torch.bfloat16):
             return ("onednn", "aten")
+        if _wastes_lanes(site):
+            return ("onednn", "direct", "aten")
         return (*_winograd_order(site), "direct", "onednn", "aten")
     return ("conv+bn_act", "aten")
