@@ -87,7 +87,9 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
       padded_line(g, image, o.planar, h, wide, length, band + line * length);
     }
     for (int64_t k0 = 0; k0 < g.filters; k0 += NR) {
-      const bool whole = k0 + NR <= g.filters && clamp.is_clamp;
+      const int64_t columns = std::min(NR, g.filters - k0);
+      const bool half = columns <= NR / 2;
+      const bool whole = columns == (half ? NR / 2 : NR) && clamp.is_clamp;
       TileOut<T> out{};
       out.sums = sums;
       out.sums_stride = NR;
@@ -107,9 +109,9 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
           out.y = o.y + at;
           out.residual = o.residual == nullptr ? nullptr : o.residual + at;
           K::multiply(rows, {from, step, run, g.dilation[1] * length}, packed + k0 * depth, depth,
-                      out);
+                      out, half);
           if (!whole) {
-            finish_rows(o, g.filters, rows, std::min(NR, g.filters - k0), sums, NR, k0, at);
+            finish_rows(o, g.filters, rows, columns, sums, NR, k0, at);
           }
         }
       }

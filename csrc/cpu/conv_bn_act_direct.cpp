@@ -19,8 +19,9 @@ struct DirectFp32 {
   static constexpr int64_t kChain = Panel<float>::kDepth;
 
   static void multiply(int64_t count, const Rows& rows, const float* packed, int64_t depth,
-                       const TileOut<float>& out) {
-    kMultiplyRows<I>[count - 1](rows, packed, depth, out);
+                       const TileOut<float>& out, bool half) {
+    const auto& table = half ? kMultiplyRows<I, 1> : kMultiplyRows<I>;
+    table[count - 1](rows, packed, depth, out);
   }
 };
 

@@ -20,14 +20,15 @@ namespace {
 #define RF_TARGET_AVX512BF16 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi,bmi2")))
 
-constexpr int kMaxRows = 14, kVectors = 2, kLanes = 16;
+constexpr int kMaxRows = 14, kPacked = 2, kLanes = 16;
 
 RF_TARGET_AVX512BF16 inline __m512 widen16(const bf16* from) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-template <int MR>
+// Of the packed vectors the first kVectors count.
+template <int MR, int kVectors>
 RF_TARGET_AVX512BF16 void multiply_rows_bf16(const RowsOf<bf16>& rows, const bf16* packed,
                                              int64_t depth, const TileOut<bf16>& out) {
   __m512 acc[MR][kVectors];
@@ -50,7 +51,7 @@ RF_TARGET_AVX512BF16 void multiply_rows_bf16(const RowsOf<bf16>& rows, const bf1
       for (int v = 0; v < kVectors; ++v) {
         __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead + 64 * v);
       }
-      packed += 2 * kVectors * kLanes;
+      packed += 2 * kPacked * kLanes;
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
         int32_t pair;
@@ -99,20 +100,22 @@ RF_TARGET_AVX512BF16 void multiply_rows_bf16(const RowsOf<bf16>& rows, const bf1
 using MultiplyRowsBf16 = void (*)(const RowsOf<bf16>& rows, const bf16* packed, int64_t depth,
                                   const TileOut<bf16>& out);
 
+template <int kVectors>
 constexpr auto kMultiplyRowsBf16 = []<int... R>(std::integer_sequence<int, R...>) {
-  return std::array<MultiplyRowsBf16, sizeof...(R)>{&multiply_rows_bf16<R + 1>...};
+  return std::array<MultiplyRowsBf16, sizeof...(R)>{&multiply_rows_bf16<R + 1, kVectors>...};
 }(std::make_integer_sequence<int, kMaxRows>{});
 
 struct DirectBf16 {
   using T = bf16;
-  static constexpr int64_t kBlock = kVectors * kLanes, kPair = 2;
+  static constexpr int64_t kBlock = kPacked * kLanes, kPair = 2;
   static constexpr int kRows = kMaxRows;
   // A result is rounded to 8 bits: one chain's error is far below.
   static constexpr int64_t kChain = std::numeric_limits<int64_t>::max();
 
   static void multiply(int64_t count, const RowsOf<bf16>& rows, const bf16* packed, int64_t depth,
-                       const TileOut<bf16>& out) {
-    kMultiplyRowsBf16[count - 1](rows, packed, depth, out);
+                       const TileOut<bf16>& out, bool half) {
+    const auto& table = half ? kMultiplyRowsBf16<1> : kMultiplyRowsBf16<2>;
+    table[count - 1](rows, packed, depth, out);
   }
 };
 

@@ -14,7 +14,7 @@
 // stride 1) x itself is the panel.
 //
 // A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kChain and
-// multiply(count, rows, packed, depth, out).
+// multiply(count, rows, packed, depth, out, half of the block).
 #pragma once
 
 #include "gather.h"
@@ -176,27 +176,29 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       out.y_stride = g.filters;
       out.low = clamp.low;
       out.high = clamp.high;
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t k0 = group * filters + block * NR;
-        const int64_t columns_left = std::min(NR, filters - block * NR);
-        const bool whole = columns_left == NR && clamp.is_clamp;
-        out.last = d1 == depth && whole;
-        out.scale = o.scale + k0;
-        out.shift = o.shift + k0;
-        const T* packed = o.packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
-        const int64_t blocks = last_block - first_block, done = block - first_block;
-        for (int64_t i = cut_at(due, blocks, done); i < cut_at(due, blocks, done + 1); ++i) {
+      // All filters of a few pixels, then the next pixels: y is written line by line.
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t row = cut_at(count, pieces, piece);
+        const int64_t rows = cut_at(count, pieces, piece + 1) - row;
+        for (int64_t i = cut_at(due, pieces, piece); i < cut_at(due, pieces, piece + 1); ++i) {
           prefetch_row(g, o.x, same ? windows[i] : ahead[i], runs_ahead);
         }
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t row = cut_at(count, pieces, piece);
-          const int64_t rows = cut_at(count, pieces, piece + 1) - row;
+        for (int64_t block = first_block; block < last_block; ++block) {
+          const int64_t k0 = group * filters + block * NR;
+          const int64_t columns_left = std::min(NR, filters - block * NR);
+          const bool half = columns_left <= NR / 2;  // the second vector would be of zeros
+          const bool whole = columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
           const int64_t at = (pixel + row) * g.filters + k0;
+          const T* packed =
+              o.packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
+          out.last = d1 == depth && whole;
+          out.scale = o.scale + k0;
+          out.shift = o.shift + k0;
           out.sums = sums + row * sums_stride + (block - first_block) * NR;
           out.y = o.y + at;
           out.residual = o.residual == nullptr ? nullptr : o.residual + at;
           K::multiply(rows, {panel + row * row_stride, row_stride, columns, 0}, packed, columns,
-                      out);
+                      out, half);
           if (d1 == depth && !whole) {
             finish_rows(o, g.filters, rows, columns_left, out.sums, sums_stride, k0, at);
           }

@@ -116,17 +116,17 @@ struct RowsOf {
 };
 using Rows = RowsOf<float>;
 
-// rows[MR][depth] * packed[depth][2 vectors]. The sums stay in registers; a row's value is
-// broadcast from memory to all lanes.
+// rows[MR][depth] * packed[depth][2 vectors], of which the first NV count. The sums stay in
+// registers; a row's value is broadcast from memory to all lanes.
 //
 // The rounding error of n products summed one after the other has a variance of n²/2 roundings; in
 // chains of L that are summed in turn, of nL/2 + n²/2L. Between chains the sums go through the
 // first-level cache, while the next chain is multiplied.
-template <int kBytes, int MR>
+template <int kBytes, int MR, int NV>
 RF_INLINE inline void multiply_rows(const Rows& rows, const float* packed, int64_t depth,
                                     const TileOut<float>& out) {
   typedef float Vec __attribute__((vector_size(kBytes)));
-  constexpr int kLanes = kBytes / int(sizeof(float)), NV = 2;
+  constexpr int kLanes = kBytes / int(sizeof(float)), kPacked = 2;
   Vec acc[MR][NV];
   if (out.last) {
     // What the epilogue touches comes from memory while the product runs: the rows are too far
@@ -156,7 +156,7 @@ RF_INLINE inline void multiply_rows(const Rows& rows, const float* packed, int64
         for (int v = 0; v < NV; ++v) {
           __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead + v * kBytes);
         }
-        packed += NV * kLanes;
+        packed += kPacked * kLanes;
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) {
           const float a = from[i * rows.stride + j];
@@ -217,13 +217,14 @@ using MultiplyRows = void (*)(const Rows& rows, const float* packed, int64_t dep
 
 // multiply_rows for 1 to kRows rows, at index rows - 1; each compiled once for I and called, so
 // that the kernels around it stay small.
-template <Isa I>
+template <Isa I, int NV = 2>
 inline constexpr auto kMultiplyRows = []<int... R>(std::integer_sequence<int, R...>) {
-  return std::array<MultiplyRows, sizeof...(R)>{[](const Rows& rows, const float* packed,
-                                                   int64_t depth, const TileOut<float>& out) {
-    run_on<I>([&](auto)
-                  RF_INLINE { multiply_rows<Tile<I>::kBytes, R + 1>(rows, packed, depth, out); });
-  }...};
+  return std::array<MultiplyRows, sizeof...(R)>{
+      [](const Rows& rows, const float* packed, int64_t depth, const TileOut<float>& out) {
+        run_on<I>([&](auto) RF_INLINE {
+          multiply_rows<Tile<I>::kBytes, R + 1, NV>(rows, packed, depth, out);
+        });
+      }...};
 }(std::make_integer_sequence<int, Tile<I>::kRows>{});
 
 }  // namespace resnet_fast::cpu

@@ -34,11 +34,15 @@ _PLAIN: set[type] = {
     nn.AdaptiveAvgPool2d,
     nn.BatchNorm2d,
     nn.Conv2d,
+    nn.Hardswish,
     nn.Identity,
     nn.Linear,
     nn.MaxPool2d,
     nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
     nn.Sequential,
+    nn.Sigmoid,
     FusedSite,
 }
 # Attributes of a module that would run in place of its class's.
