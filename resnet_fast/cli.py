@@ -286,6 +286,7 @@ def bench(
 ) -> None:
     """Time a network against its peers, in turns.
 
+    torchvision's other classification networks (densenet121) run through accelerate().
     Each runs in a process of its own. Reports nothing and exits 1 when this package's output
     misses its error budget. A ratio above 1 means that the row is faster than what it is
     compared with.

@@ -43,9 +43,29 @@ def model_names() -> tuple[str, ...]:
     return tuple(models.list_models())
 
 
-def check_model_name(name: str) -> None:
-    """Raise ``ArgumentError`` with the nearest names when ``name`` is not a network."""
+def other_names() -> tuple[str, ...]:
+    """Names of torchvision's classification networks that this package has no network for.
+
+    ``resnet_fast.accelerate`` is what makes them faster. Empty without torchvision.
+    """
+    try:
+        import torchvision
+    except ImportError:
+        return ()
+    known = set(model_names())
+    names = torchvision.models.list_models(module=torchvision.models)
+    return tuple(name for name in names if name not in known)
+
+
+def check_model_name(name: str, others: bool = False) -> None:
+    """Raise ``ArgumentError`` with the nearest names when ``name`` is not a network.
+
+    Args:
+        others: accept :func:`other_names`, too.
+    """
     names = model_names()
+    if others and name not in names:
+        names += other_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         expected = (
@@ -70,14 +90,14 @@ def build_reference(name: str) -> tuple[torch.nn.Module, str]:
     torchvision's network where it is installed and has one of that name, else this package's
     plain-PyTorch network with the same ``state_dict`` keys.
     """
-    check_model_name(name)
+    check_model_name(name, others=True)
     try:
         import torchvision
     except ImportError:
         torchvision = None
     from resnet_fast import models
 
-    if torchvision is not None and name in models.TORCHVISION:
+    if torchvision is not None and (name in models.TORCHVISION or name not in model_names()):
         model = getattr(torchvision.models, name)(weights=None)
         return model.eval(), f"torchvision {torchvision.__version__}"
     return models.plain_reference(name).eval(), "resnet_fast.models.plain_reference"
@@ -119,6 +139,11 @@ def default_size(name: str) -> int:
     """Side of the square image that network ``name`` was designed for."""
     from resnet_fast import models
 
+    if name in other_names():
+        import torchvision
+
+        weights = torchvision.models.get_model_weights(name)
+        return int(weights.DEFAULT.transforms.keywords.get("crop_size", 224))
     return models.input_shape(name)[-1]
 
 

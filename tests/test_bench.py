@@ -223,3 +223,16 @@ def test_cudnn_executor_folds_and_walks(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_ours_are_engines() -> None:
     assert set(OURS) < set(ENGINES)
+
+
+def test_torchvisions_other_networks_run_through_accelerate() -> None:
+    pytest.importorskip("torchvision")
+    from resnet_fast import verify
+
+    assert "mobilenet_v2" in verify.other_names() and "resnet18" not in verify.other_names()
+    assert verify.default_size("efficientnet_b3") == 300
+    rows = bench_model(
+        "mobilenet_v2", size=64, reps=1, turn_seconds=0.001, engines=("resnet_fast", "eager"),
+        isolate=False,
+    )  # fmt: skip
+    assert [row["status"] for row in rows] == ["ok", "ok"]

@@ -139,7 +139,7 @@ def bench_model(
     Returns one row an engine, unavailable ones included with the reason. Raises ``BenchError``
     if one of this package's engines fails, while it is timed too, or misses its error budget.
     """
-    verify.check_model_name(name)
+    verify.check_model_name(name, others=True)
     verify.dtype_from_name(dtype)
     _check_engines(engines)
     size = verify.default_size(name) if size is None else size
