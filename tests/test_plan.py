@@ -379,3 +379,14 @@ def test_concurrent_writers_lose_nothing():
     cache.forget()
     for i in range(80):
         assert cache.get(f"site{i}", "onednn") is not None
+
+
+def test_few_tiles_are_enough_for_winograd_in_fp32() -> None:
+    """ResNet-50's last two stages at one image: 16 tiles of 4x4, and of 2x2."""
+    for size, channels, name in ((14, 256, "winograd4"), (7, 512, "winograd2")):
+        shape = (1, channels, size, size)
+        site = Site(
+            "conv_bn_act", shape, (channels, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1, "relu",
+            True, False, "float32", "channels_last", "cpu",
+        )  # fmt: skip
+        assert default_order(site)[0] == name

@@ -320,8 +320,9 @@ CANDIDATES: dict[str, Candidate] = {
 _WINOGRAD_CHANNELS = {2: 32, 4: 64}
 # Tiles that share a weight. Transformed weights are 4 (F(4x4)) or 1.8 times (F(2x2)) as many; a
 # 7x7 map of one image has 4 tiles of 4x4, and reading the weights from memory then takes 1.2 ms
-# where the products take 0.3 ms (ResNet-50's last stage, 2 Zen 4 cores, 32 GB/s).
-_WINOGRAD_TILES = 32
+# where the products take 0.3 ms (ResNet-50's last stage, 2 Zen 4 cores, 32 GB/s). Beside weights in
+# bf16 they are twice as many again.
+_WINOGRAD_TILES = {"float32": 16, "bfloat16": 32}
 
 
 def _winograd_order(site: Site) -> tuple[str, ...]:
@@ -339,7 +340,7 @@ def _winograd_order(site: Site) -> tuple[str, ...]:
         name
         for name, m in order
         if channels >= _WINOGRAD_CHANNELS[m]
-        and images * -(-rows // m) * -(-columns // m) >= _WINOGRAD_TILES
+        and images * -(-rows // m) * -(-columns // m) >= _WINOGRAD_TILES[site.dtype]
     )
 
 
