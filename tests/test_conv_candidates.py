@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from isa_support import rerun_below
 from torch import Tensor
 
 import resnet_fast
-from resnet_fast import _library
 from resnet_fast.ops import activation, conv_bn_act_direct, conv_bn_act_onednn
 from resnet_fast.plan.candidate import CANDIDATES, ConvArgs, default_order, run_aten
 from resnet_fast.plan.site import Site, device_name
@@ -442,20 +439,7 @@ def test_memory_is_kept_and_given_back() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lower_instruction_sets(isa: str) -> None:
-    """The same tests in a process that may use nothing newer."""
-    native = _library.native()
-    if native is None or native.current_isa() == isa or "RESNET_FAST_MAX_ISA" in os.environ:
-        pytest.skip("this process runs the set already")
-    environment = os.environ | {"RESNET_FAST_MAX_ISA": isa, "RESNET_FAST_EXAMPLES": "20"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "not guards and not lower"],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    rerun_below(isa, __file__)
 
 
 def test_random_inputs_have_randomised_statistics() -> None:

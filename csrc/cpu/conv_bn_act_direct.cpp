@@ -92,7 +92,7 @@ Tensor direct_conv(const Tensor& x, const Tensor& packed, const Tensor& weight,
     using T = typename decltype(tag)::type;
     const T* const r = residual ? data_of<T>(added) : nullptr;
     run_direct<T>(g, {data_of<T>(dense), packed.const_data_ptr(), a.data(), b.data(), r,
-                      mutable_data_of<T>(y), act, false});
+                      mutable_data_of<T>(y), act});
   };
   if (x.scalar_type() == ScalarType::BFloat16) {
     go(TypeTag<bf16>{});
@@ -116,19 +116,17 @@ DirectPacked direct_packed(ScalarType dtype, int64_t filters, int64_t channels, 
 }
 
 template <typename T>
-void run_direct(const Geometry& g, const AnyDirect<T>& o) {
+void run_direct(const Geometry& g, const DirectOperands<T>& o) {
   constexpr bool kIsFloat = std::is_same_v<T, float>;
   const ScalarType dtype = kIsFloat ? ScalarType::Float : ScalarType::BFloat16;
   if (g.groups > 1 && is_narrow(dtype, g.group_channels(), g.group_filters())) {
-    return grouped(g, GroupedOperands<T>{o.x, static_cast<const float*>(o.packed), o.scale, o.shift,
-                                         o.residual, o.y, o.act});
+    return grouped(g, o);
   }
-  direct(g, DirectOperands<T>{o.x, static_cast<const T*>(o.packed), o.scale, o.shift, o.residual,
-                              o.y, o.act, o.planar});
+  direct(g, o);
 }
 
-template void run_direct(const Geometry& g, const AnyDirect<float>& o);
-template void run_direct(const Geometry& g, const AnyDirect<bf16>& o);
+template void run_direct(const Geometry& g, const DirectOperands<float>& o);
+template void run_direct(const Geometry& g, const DirectOperands<bf16>& o);
 
 int64_t direct_fp32_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_t groups) {
   int64_t size = 0;

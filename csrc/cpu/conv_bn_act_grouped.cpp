@@ -130,7 +130,7 @@ RF_INLINE inline void sum_windows(const Geometry& g, const TileAt<T>& at, const 
 
 // y of one tile from its sums; `c` is the block's first channel, y and residual start there.
 template <int kBytes, typename T, typename Vec>
-RF_INLINE inline void finish_tile(const GroupedOperands<T>& o, const Clamp& clamp, int64_t filters,
+RF_INLINE inline void finish_tile(const DirectOperands<T>& o, const Clamp& clamp, int64_t filters,
                                   int64_t c, int64_t channels, int64_t count, const T* residual,
                                   T* y, const Vec (&acc)[kPixels]) {
   constexpr int64_t kCount = kBytes / 4;
@@ -166,7 +166,7 @@ RF_INLINE inline void finish_tile(const GroupedOperands<T>& o, const Clamp& clam
 }
 
 template <bool kDepthwise, int kWidth, int kStride, Isa I, typename T>
-RF_INLINE inline void grouped_tasks(const Geometry& g, const GroupedOperands<T>& o, int64_t lines,
+RF_INLINE inline void grouped_tasks(const Geometry& g, const DirectOperands<T>& o, int64_t lines,
                                     int64_t begin, int64_t end) {
   constexpr int kBytes = Tile<I>::kBytes;
   constexpr int64_t kCount = kLanes<I>;
@@ -187,7 +187,7 @@ RF_INLINE inline void grouped_tasks(const Geometry& g, const GroupedOperands<T>&
       at.vectors = std::max<int64_t>(1, g.group_channels() / kCount);
       at.channels = std::min(kCount, g.channels - c);
       at.zeros = zeros;
-      const float* packed = o.packed + c / kCount * block_size;
+      const float* packed = static_cast<const float*>(o.packed) + c / kCount * block_size;
       for (int64_t h = h0; h < h1; ++h) {
         at.h = h * g.stride[1] - g.padding[1];
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -274,7 +274,7 @@ void pack_grouped(const T* from, int64_t filters, int64_t group_channels, int64_
 }
 
 template <typename T>
-void grouped(const Geometry& g, const GroupedOperands<T>& o) {
+void grouped(const Geometry& g, const DirectOperands<T>& o) {
   // Few lines a task where there are few, so that each thread gets some.
   const int64_t lines = g.batch * g.out[1] >= worker_count() * 4 * kLines ? kLines : 1;
   run_on_isa([&](auto isa) {
@@ -290,7 +290,7 @@ void grouped(const Geometry& g, const GroupedOperands<T>& o) {
 
 template void pack_grouped(const float*, int64_t, int64_t, int64_t, float*);
 template void pack_grouped(const bf16*, int64_t, int64_t, int64_t, float*);
-template void grouped(const Geometry& g, const GroupedOperands<float>& o);
-template void grouped(const Geometry& g, const GroupedOperands<bf16>& o);
+template void grouped(const Geometry& g, const DirectOperands<float>& o);
+template void grouped(const Geometry& g, const DirectOperands<bf16>& o);
 
 }  // namespace resnet_fast::cpu

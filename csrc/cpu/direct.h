@@ -35,7 +35,7 @@ constexpr int64_t kShortChain = 16;  // products (tile.h), where an output is on
 template <typename T>
 struct DirectOperands {
   const T* x;
-  const T* packed;
+  const void* packed;  // what direct_packed says
   const float* scale;
   const float* shift;
   const T* residual;
@@ -125,6 +125,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * kPanelStride);
   const int64_t row_stride = in_place ? g.channels : kPanelStride;
   const int64_t width = g.group_channels(), filters = g.group_filters();
+  const T* const all_packed = static_cast<const T*>(o.packed);
   const int64_t group_size = group_packed_size<K>(filters, width, g.taps());
   const int64_t group_tasks = cut.chunks * cut.strips;
   const int64_t most_blocks = (cut.blocks + cut.strips - 1) / cut.strips;
@@ -190,7 +191,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
           const bool whole = columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
           const int64_t at = (pixel + row) * g.filters + k0;
           const T* packed =
-              o.packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
+              all_packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
           out.last = d1 == depth && whole;
           out.scale = o.scale + k0;
           out.shift = o.shift + k0;
@@ -256,22 +257,9 @@ struct DirectPacked {
 DirectPacked direct_packed(ScalarType dtype, int64_t filters, int64_t channels, int64_t taps,
                            int64_t groups);
 
-// DirectOperands over either.
-template <typename T>
-struct AnyDirect {
-  const T* x;
-  const void* packed;
-  const float* scale;
-  const float* shift;
-  const T* residual;
-  T* y;
-  Act act;
-  bool planar;
-};
-
 // Whichever kernel direct_packed names.
 template <typename T>
-void run_direct(const Geometry& g, const AnyDirect<T>& o);
+void run_direct(const Geometry& g, const DirectOperands<T>& o);
 
 // The fp32 kernel (conv_bn_act_direct.cpp).
 int64_t direct_fp32_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_t groups);

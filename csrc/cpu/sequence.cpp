@@ -63,8 +63,6 @@ struct Value {
   int64_t count(int64_t batch) const { return batch * channels * height * width; }
 };
 
-constexpr const char* kTypes = "x: expected a CPU tensor of float32, or bfloat16";
-
 // Of activations of type T: float or bf16.
 template <typename T>
 class Sequence {
@@ -73,7 +71,8 @@ class Sequence {
   static constexpr ScalarType kType = kIsFloat ? ScalarType::Float : ScalarType::BFloat16;
 
   Sequence(const Tensor& x, const std::vector<Tensor>& constants, IntList records) : x_(x) {
-    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == kType, kTypes);
+    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == kType,
+                    "x: expected a CPU tensor of float32 or bfloat16");
     STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0, "x: expected shape [N, C, H, W]");
     const auto fields = static_cast<int64_t>(records.size());
     STD_TORCH_CHECK(fields > 0 && fields % kFields == 0, "steps: expected ", kFields,

@@ -50,8 +50,7 @@ class Layer(NamedTuple):
 class PackedCall:
     """A :data:`Call` of an op over packed weights.
 
-    ``op(x, *before, residual, *after)``; ``layer`` is what a sequence runs in its place, None
-    where it cannot.
+    ``op(x, *before, residual, *after)``; ``layer`` is what a sequence runs in its place.
     """
 
     __slots__ = ("after", "before", "layer", "op")
@@ -61,7 +60,7 @@ class PackedCall:
         op: Callable[..., Tensor],
         before: tuple[Any, ...],
         after: tuple[Any, ...],
-        layer: Layer | None,
+        layer: Layer,
     ) -> None:
         self.op, self.before, self.after, self.layer = op, before, after, layer
 
