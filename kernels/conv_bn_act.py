@@ -23,24 +23,12 @@ from .launch import (
     needs_int64,
     output_format,
 )
+from .product import dot
 
 # Above this many taps the loops over t, r and s stay loops: unrolled, a 31x31 filter would
 # take minutes to compile. 49 keeps the 7x7 stem and every 3x3x3 unrolled. fp32 without tf32 has no
 # matrix instruction to feed, its products are unrolled FMAs already: seven of them spill 6 KB.
 MAX_STATIC_TAPS = 49
-
-
-@triton.jit
-def _dot(a, b, acc, ALLOW_TF32: tl.constexpr, INTERPRET: tl.constexpr):
-    if INTERPRET:
-        # The interpreter multiplies bf16 operands as the integers that hold their bits.
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    if ALLOW_TF32:
-        acc = tl.dot(a, b, acc, input_precision="tf32")
-    else:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc
 
 
 # The epilogue of a BLOCK_M x BLOCK_N tile, in fp32; the store is the only rounding.
@@ -129,7 +117,7 @@ def _tap(
         b = tl.load(
             w_tap[None, :] + (c * stride_wc)[:, None], mask=c_ok[:, None] & k_ok[None, :], other=0.0
         )
-        acc = _dot(a, b, acc, ALLOW_TF32, INTERPRET)
+        acc = dot(a, b, acc, ALLOW_TF32, INTERPRET)
     return acc
 
 
@@ -191,7 +179,7 @@ def _packed_row(
         mask=i_ok[:, None] & k_ok[None, :],
         other=0.0,
     )
-    return _dot(a, b, acc, ALLOW_TF32, INTERPRET)
+    return dot(a, b, acc, ALLOW_TF32, INTERPRET)
 
 
 class Config(NamedTuple):
@@ -502,7 +490,7 @@ def gemm_kernel(
             mask=c_ok[:, None] & k_ok[None, :],
             other=0.0,
         )
-        acc = _dot(a, b, acc, ALLOW_TF32, INTERPRET)
+        acc = dot(a, b, acc, ALLOW_TF32, INTERPRET)
 
     y_rows = n * stride_yn + p * stride_yp
     _finish(

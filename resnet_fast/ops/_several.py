@@ -1,0 +1,58 @@
+"""Registration of ops that stand for several layers: one kernel on CUDA, the layers elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast import kernels  # type: ignore[attr-defined]  # it lies in kernels/
+from resnet_fast.errors import LibraryError
+from resnet_fast.ops import _checks
+
+
+def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], launch: str) -> bool:
+    """Give ``resnet_fast::op`` its kernels; False where the native library does not define it.
+
+    Args:
+        op: its name, and the module of ``kernels/`` that holds the Triton launcher.
+        layers: the op as differentiable ops of single layers. It runs on every device but CUDA, in
+            fp64, and wherever gradients are recorded: these are then the layers' own.
+        fake: shapes and strides of the outputs.
+        launch: the launcher's name.
+    """
+    if not _checks.has_op(op):
+        return False
+    name = f"resnet_fast::{op}"
+    overload = getattr(torch.ops.resnet_fast, op).default
+
+    def differentiable(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in arguments
+        ):
+            return layers(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*arguments)
+
+    def cuda(*arguments: Any) -> Any:
+        if not kernels.available()[0] or arguments[0].dtype is torch.float64:
+            return layers(*arguments)
+        return launched(op, launch, *arguments)
+
+    torch.library.register_fake(name, fake)
+    torch.library.impl(name, "CPU", layers)
+    torch.library.impl(name, "CUDA", cuda)
+    torch.library.impl(name, "Autograd", differentiable)
+    return True
+
+
+def launched(module: str, launch: str, *arguments: Any, **options: Any) -> Any:
+    """Call a launcher of ``kernels/<module>.py``; ``LibraryError`` where Triton itself fails."""
+    room = importlib.import_module(f"{kernels.__name__}.{module}")
+    try:
+        return getattr(room, launch)(*arguments, **options)
+    except importlib.import_module(f"{kernels.__name__}.launch").FAILURES as failure:
+        raise LibraryError(f"{launch}: Triton cannot run here: {failure}") from failure
