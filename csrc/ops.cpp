@@ -22,6 +22,11 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("add_act(Tensor x, Tensor residual, str act) -> Tensor");
   m.def("_add_act_backward(Tensor grad_y, Tensor x, Tensor residual, str act) -> Tensor");
   m.def(
+      "residual_chain(Tensor x, Tensor residual, Tensor? weight2, Tensor? scale2, Tensor? shift2, "
+      "Tensor? weight3, Tensor? scale3, Tensor? shift3, Tensor? weight_d, Tensor? scale_d, Tensor? "
+      "shift_d, Tensor? weight_n, Tensor? scale_n, Tensor? shift_n, int stride, int stride_d, str "
+      "act) -> (Tensor, Tensor)");
+  m.def(
       "bn_act_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str act) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(

@@ -14,6 +14,10 @@ from resnet_fast.errors import LibraryError
 from resnet_fast.ops import _checks
 
 
+def _room(name: str) -> Any:
+    return importlib.import_module(f"{kernels.__name__}.{name}")
+
+
 def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], launch: str) -> bool:
     """Give ``resnet_fast::op`` its kernels; False where the native library does not define it.
 
@@ -40,6 +44,8 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
     def cuda(*arguments: Any) -> Any:
         if not kernels.available()[0] or arguments[0].dtype is torch.float64:
             return layers(*arguments)
+        if not getattr(_room(op), "runs", lambda x: True)(arguments[0]):
+            return layers(*arguments)
         return launched(op, launch, *arguments)
 
     torch.library.register_fake(name, fake)
@@ -51,8 +57,7 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
 
 def launched(module: str, launch: str, *arguments: Any, **options: Any) -> Any:
     """Call a launcher of ``kernels/<module>.py``; ``LibraryError`` where Triton itself fails."""
-    room = importlib.import_module(f"{kernels.__name__}.{module}")
     try:
-        return getattr(room, launch)(*arguments, **options)
-    except importlib.import_module(f"{kernels.__name__}.launch").FAILURES as failure:
+        return getattr(_room(module), launch)(*arguments, **options)
+    except _room("launch").FAILURES as failure:
         raise LibraryError(f"{launch}: Triton cannot run here: {failure}") from failure
