@@ -156,7 +156,11 @@ def _calls(model: nn.Module) -> list[str]:
         state = module.__dict__.get(STATE)
         if state is not None:
             found += [program.prefix for program in dict.fromkeys(state.programs.values())]
-    return [sequence.describe(shape) for known in found for shape, sequence in known]
+    chains = [
+        m.chains for m in model.modules() if isinstance(m, Sequenced) and m.chains is not None
+    ]
+    lines = [sequence.describe(shape) for known in found for shape, sequence in known]
+    return [*lines, *(line for known in chains for line in known.lines())]
 
 
 def _plain(model: nn.Module) -> Explanation:

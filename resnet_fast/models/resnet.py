@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resnet_fast.errors import ArgumentError
@@ -26,6 +27,8 @@ from resnet_fast.nn.blocks import (
     stem_site,
     to_planned_layout,
 )
+from resnet_fast.nn.chain import Chains
+from resnet_fast.nn.chain import may_run as may_chain
 from resnet_fast.nn.sequence import Sequenced, max_pool, plain
 
 
@@ -48,6 +51,7 @@ class ResNet(Sequenced):
         norm_layer: NormLayer | None = None,
     ) -> None:
         super().__init__()
+        self.chains = Chains()
         norm_layer = norm_layer or nn.BatchNorm2d
         dilate = replace_stride_with_dilation
         if dilate is None:
@@ -128,6 +132,12 @@ class ResNet(Sequenced):
         x = conv_bn_relu(site, x, self.conv1, self.bn1, self.relu)
         x = max_pool(self.maxpool, x)
 
+        if not torch.compiler.is_compiling() and self.chains is not None and may_chain(x):
+            return self.chains.forward(
+                (self.layer1, self.layer2, self.layer3, self.layer4),
+                ("layer1", "layer2", "layer3", "layer4"),
+                x,
+            )
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

@@ -229,7 +229,14 @@ class BasicBlock(nn.Module):
         self.site_downsample = _shortcut_site(downsample)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)
+        return self.finish(x, self.start(x))
+
+    def start(self, x: Tensor) -> Tensor:
+        """The first convolution."""
+        return conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """What follows the first convolution of ``x``, which gave ``y``."""
         identity = shortcut(self.site_downsample, x, self.downsample)
         return conv_bn_relu(self.site2, y, self.conv2, self.bn2, self.relu, identity)
 
@@ -238,8 +245,8 @@ class BasicBlock(nn.Module):
 class PlainBlock(BasicBlock):
     """The same two convolutions without the shortcut (He et al. 2015, figure 3 middle)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """What follows the first convolution, which gave ``y``."""
         return conv_bn_relu(self.site2, y, self.conv2, self.bn2, self.relu)
 
 
@@ -281,8 +288,18 @@ class Bottleneck(nn.Module):
         self.site_downsample = _shortcut_site(downsample)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)
-        y = conv_bn_relu(self.site2, y, self.conv2, self.bn2, self.relu)
+        return self.finish(x, self.middle(self.start(x)))
+
+    def start(self, x: Tensor) -> Tensor:
+        """The first convolution."""
+        return conv_bn_relu(self.site1, x, self.conv1, self.bn1, self.relu)
+
+    def middle(self, y: Tensor) -> Tensor:
+        """The second convolution."""
+        return conv_bn_relu(self.site2, y, self.conv2, self.bn2, self.relu)
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """The third, of ``y``, and the shortcut of ``x``."""
         identity = shortcut(self.site_downsample, x, self.downsample)
         return conv_bn_relu(self.site3, y, self.conv3, self.bn3, self.relu, identity)
 
@@ -301,7 +318,7 @@ def unfuse_(network: nn.Module) -> nn.Module:
     """
     for module in list(network.modules()):
         if isinstance(module, Sequenced):
-            module.sequences = None
+            module.sequences = module.chains = None
         for name, child in list(module.named_children()):
             if isinstance(child, FusedSite):
                 setattr(module, name, PlainSite(child.act, child.name))

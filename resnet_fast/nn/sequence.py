@@ -47,7 +47,7 @@ _PLAIN: set[type] = {
 }
 # Attributes of a module that would run in place of its class's.
 _PATCHES = ("forward", "_conv_forward")
-_BODIES = ("forward", "__call__", "_trunk", "_head", "_conv_forward")
+_BODIES = ("forward", "__call__", "_trunk", "_head", "_conv_forward", "start", "middle", "finish")
 # The dtypes that a sequence runs in, each with integers of its size.
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _GLOBAL_HOOKS = (
@@ -179,6 +179,11 @@ class Sequence:
         )
 
 
+def global_hooks() -> bool:
+    """Whether hooks of all modules are set, which a call of several layers would skip."""
+    return any(_GLOBAL_HOOKS)
+
+
 def may_run(x: Any) -> bool:
     """Whether the one native call would be all that a forward of ``x`` does."""
     return (
@@ -195,7 +200,7 @@ def may_run(x: Any) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch.jit.is_tracing()
         and not torch.onnx.is_in_onnx_export()
-        and not any(_GLOBAL_HOOKS)
+        and not global_hooks()
     )
 
 
@@ -341,8 +346,11 @@ class Sequenced(nn.Module):
     Attributes:
         sequences: those of this network; None where it is to run layer by layer, by torch's own
             head.
+        chains: how its residual stages run on a GPU (:mod:`resnet_fast.nn.chain`); None where
+            every layer is to run by itself.
     """
 
+    chains: Any = None
     avgpool: nn.Module
     fc: nn.Module
 

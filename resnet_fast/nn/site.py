@@ -130,7 +130,7 @@ class FusedSite(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             residual = None if residual is None else residual.to(dtype)
-        args = self._args(conv, bn)
+        args = self.args(conv, bn)
         if torch.compiler.is_compiling():
             return self._trace(x, args, residual)
         candidate = self._planned(x, args, residual)
@@ -168,7 +168,7 @@ class FusedSite(nn.Module):
             return "ONNX"
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return "PADDING_MODE"
-        tensors = [t for t in (x, residual, *self._args(conv, bn).tensors) if t is not None]
+        tensors = [t for t in (x, residual, *self.args(conv, bn).tensors) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return "GRAD"
         if not torch.compiler.is_compiling() and (
@@ -263,7 +263,8 @@ class FusedSite(nn.Module):
     # Evaluation.
 
     @staticmethod
-    def _args(conv: Any, bn: Any) -> ConvArgs:
+    def args(conv: Any, bn: Any) -> ConvArgs:
+        """The parameters and geometry of a convolution and its norm."""
         geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
         if bn is None:
             return ConvArgs(conv.weight, conv.bias, None, None, None, None, 0.0, *geometry)

@@ -18,6 +18,14 @@ def _room(name: str) -> Any:
     return importlib.import_module(f"{kernels.__name__}.{name}")
 
 
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether kernels/<op>.py is there and takes the dtype of ``x``, by its ``runs``."""
+    if not kernels.available()[0] or x.dtype is torch.float64:
+        return False
+    runs = getattr(_room(op), "runs", None)
+    return runs is None or bool(runs(x))
+
+
 def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], launch: str) -> bool:
     """Give ``resnet_fast::op`` its kernels; False where the native library does not define it.
 
@@ -42,11 +50,9 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
             return overload(*arguments)
 
     def cuda(*arguments: Any) -> Any:
-        if not kernels.available()[0] or arguments[0].dtype is torch.float64:
-            return layers(*arguments)
-        if not getattr(_room(op), "runs", lambda x: True)(arguments[0]):
-            return layers(*arguments)
-        return launched(op, launch, *arguments)
+        if has_kernel(op, arguments[0]):
+            return launched(op, launch, *arguments)
+        return layers(*arguments)
 
     torch.library.register_fake(name, fake)
     torch.library.impl(name, "CPU", layers)

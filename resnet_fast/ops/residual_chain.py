@@ -291,4 +291,9 @@ def _fake(
     return empty(shapes.y), x.new_empty(0) if shapes.h is None else empty(shapes.h)
 
 
+def runs(x: Tensor) -> bool:
+    """Whether a CUDA tensor like ``x`` has a kernel of the chain, and not its layers."""
+    return _REGISTERED and _several.has_kernel("residual_chain", x)
+
+
 _REGISTERED = _several.implement("residual_chain", _layers, _fake, "launch_residual_chain")

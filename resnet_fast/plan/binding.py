@@ -134,6 +134,11 @@ def tuning() -> Plan | None:
     return getattr(_state, "tuning", None)
 
 
+def grouping() -> Plan | None:
+    """The plan that this thread enters its choices of layer groups into, or None."""
+    return getattr(_state, "grouping", None)
+
+
 def tune_site(plan: Plan, site: Site, x: Tensor, args: ConvArgs, residual: Tensor | None) -> None:
     """Measure every candidate that accepts ``site`` and holds, and enter the fastest."""
     if site.key in plan.entries:
@@ -181,8 +186,14 @@ def tune(model: nn.Module, *example_inputs: Tensor, plan: Plan | None = None) ->
         model.eval()
         with torch.inference_mode():
             model(*example_inputs)
+            _state.tuning = None
+            if device.type != "cpu":
+                # Kernels that stand for several layers are measured against the fastest of those.
+                _state.grouping = plan
+                with use(plan):
+                    model(*example_inputs)
     finally:
-        _state.tuning = None
+        _state.tuning = _state.grouping = None
         for module, mode in modes.items():
             module.training = mode
     return plan

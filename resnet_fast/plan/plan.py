@@ -17,6 +17,9 @@ from resnet_fast.plan.candidate import CANDIDATES
 from resnet_fast.plan.site import device_name
 
 _FORMAT = "resnet_fast plan 1"
+#: Kernels that stand for several layers, and what a plan calls these one by one (plan/group.py).
+GROUPS = ("residual_chain", "stem_pool")
+LAYERS = "layers"
 # A hostile or mistaken file must not be able to fill the memory; ResNet-152 needs under 50 KiB.
 _MAX_BYTES = 16 << 20
 
@@ -78,14 +81,21 @@ def _number(value: object) -> bool:
     )
 
 
+def _names(key: str) -> tuple[str, ...]:
+    """What may run at a place: a site's candidates, or a group's kernel and its layers."""
+    op = key.split("|", 1)[0]
+    return (op, LAYERS) if op in GROUPS else tuple(CANDIDATES)
+
+
 def _entry(key: str, raw: Any) -> Entry:
     _require(isinstance(raw, dict), f"an object for site {key[:60]}", raw)
     unknown = set(raw) - {"candidate", "error", "limit", "microseconds", "measured"}
     _require(not unknown, "known fields only", sorted(unknown))
+    names = _names(key)
     name = raw.get("candidate")
     _require(
-        isinstance(name, str) and name in CANDIDATES,
-        f"a candidate among {', '.join(CANDIDATES)}",
+        isinstance(name, str) and name in names,
+        f"a candidate among {', '.join(names)}",
         name,
     )
     for number in ("error", "limit", "microseconds"):
@@ -93,8 +103,7 @@ def _entry(key: str, raw: Any) -> Entry:
         _require(value is None or _number(value), f"a finite number for {number}", value)
     measured = raw.get("measured", {})
     _require(
-        isinstance(measured, dict)
-        and all(k in CANDIDATES and _number(v) for k, v in measured.items()),
+        isinstance(measured, dict) and all(k in names and _number(v) for k, v in measured.items()),
         "microseconds by candidate for measured",
         measured,
     )

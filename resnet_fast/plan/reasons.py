@@ -22,5 +22,6 @@ REASONS: dict[str, str] = {
     "SHAPE_MIX": "the input's rank or channels are not the convolution's",
     "RESIDUAL_SHAPE": "the residual broadcasts, it is not of the output's shape",
     "NO_CANDIDATE": "no fused candidate accepts this site",
+    "SLOWER": "the layers one by one are faster here, by this device's own measurement",
     "MISMATCH": "a candidate left the error budget here and was rolled back",
 }

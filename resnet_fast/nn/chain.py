@@ -1,0 +1,360 @@
+"""A network's residual stages as a run of chains, where a GPU has their kernel.
+
+Layer by layer a bottleneck's activations cross memory at each of its three convolutions. A chain
+(:mod:`resnet_fast.ops.residual_chain`) takes a block from wherever its inner activation is, to its
+output and on into the first convolution of the block behind it, so the stages run as
+
+    conv1 | conv2 conv3 add conv1' | conv2 conv3 add conv1' | ... | conv2 conv3 add
+
+one kernel between two bars. Which of the layers around a block join in follows from their widths;
+whether they do, from verification and a measurement (:mod:`resnet_fast.plan.group`). The modules
+stay what they are: what a chain derives from them is dropped as soon as any of it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast import _library
+from resnet_fast.nn.blocks import BasicBlock, Bottleneck
+from resnet_fast.nn.prepared import Prepared, is_transforming, keep
+from resnet_fast.nn.sequence import Structure, global_hooks
+from resnet_fast.nn.site import FusedSite
+from resnet_fast.ops import _pack
+from resnet_fast.ops import residual_chain as _op  # noqa: F401  defines the op that is called
+from resnet_fast.plan import binding as _binding
+from resnet_fast.plan.chain import (
+    MAX_CONV2,
+    MAX_NEXT,
+    NAME,
+    ChainArgs,
+    ChainSite,
+    run_chain,
+    verify_chain,
+)
+from resnet_fast.plan.group import Choice, choose
+from resnet_fast.plan.plan import LAYERS
+from resnet_fast.plan.site import Site, device_name, dtype_name
+
+# A step takes the block's input and its first convolution's output, None where that is yet to be
+# computed, and gives the same of the block behind.
+_Step = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the device of ``x`` has the chain's kernel for its dtype."""
+    return device_name(x.device).startswith("cuda") and _op_runs(x)
+
+
+def _op_runs(x: Tensor) -> bool:
+    from resnet_fast import ops
+
+    return ops.module("residual_chain").runs(x)
+
+
+def may_run(x: Any) -> bool:
+    """Whether a forward of ``x`` may be anything else than its layers one by one."""
+    return (
+        type(x) is Tensor
+        and x.dim() == 4
+        and x.shape[0] > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not is_transforming()
+        and _binding.tuning() is None
+        and not torch.jit.is_tracing()
+        and not torch.onnx.is_in_onnx_export()
+        and not global_hooks()
+        and runs_on(x)
+    )
+
+
+class _Block:
+    """One block of a chain: its parameters, and those of the convolution behind it."""
+
+    def __init__(self, block: Any, behind: Any) -> None:
+        self.block = block
+        self.bottleneck = type(block) is Bottleneck
+        down = block.downsample
+        self.down = None if down is None else (down[0], down[1])
+        self.conv2 = _pair(block, 2) if not self.bottleneck or self._joins() else None
+        self.conv3 = _pair(block, 3) if self.bottleneck else None
+        self.following = None
+        if self.bottleneck and behind is not None and behind.conv1.out_channels <= MAX_NEXT:
+            self.following = _pair(behind, 1)
+        self.behind = behind
+
+    def _joins(self) -> bool:
+        """Whether the block's 3x3 convolution is one of the chain's."""
+        conv = self.block.conv2
+        dense = (conv.kernel_size, conv.padding, conv.dilation, conv.groups)
+        return (
+            dense == ((3, 3), (1, 1), (1, 1), 1)
+            and conv.stride in ((1, 1), (2, 2))
+            and conv.out_channels <= MAX_CONV2
+        )
+
+    @property
+    def saves(self) -> bool:
+        """Whether a chain stores less than the layers, which fuse what follows a convolution."""
+        parts = (self.conv2 if self.bottleneck else None, self.down, self.following)
+        return any(part is not None for part in parts)
+
+    def roles(self) -> list[Any]:
+        """Convolution and norm by role, in the order of the op's arguments."""
+        return [self.conv2, self.conv3, self.down, self.following]
+
+    def args(self) -> ChainArgs:
+        """The parameters as the modules hold them."""
+        return ChainArgs(*(None if r is None else FusedSite.args(*r) for r in self.roles()))
+
+    def site(self, inner: Tensor, x: Tensor) -> ChainSite:
+        """The chain's place, from the inner activation and the block's input."""
+        place: list[Site | None] = []
+        size = tuple(inner.shape[2:])
+        for index, role in enumerate(self.roles()):
+            if role is None:
+                place.append(None)
+                continue
+            conv, norm = role
+            shape = tuple(x.shape) if index == 2 else (inner.shape[0], conv.in_channels, *size)
+            last = index == 1 or (index == 0 and self.conv3 is None)
+            site = Site(
+                op="conv_bn_act",
+                x_shape=shape,
+                weight_shape=tuple(conv.weight.shape),
+                stride=tuple(conv.stride),
+                padding=tuple(conv.padding),
+                dilation=tuple(conv.dilation),
+                groups=conv.groups,
+                act="none" if index == 2 else "relu",
+                affine=norm is not None,
+                residual=last,
+                dtype=dtype_name(x.dtype),
+                layout="channels_last",
+                device=device_name(x.device),
+            )
+            place.append(site)
+            if index < 2:
+                size = site.out_shape[2:]
+        return ChainSite(*place)
+
+    def inner(self, x: Tensor, h: Tensor | None) -> Tensor:
+        """What the chain starts from: the first convolution's output, or the second's."""
+        h = self.block.start(x) if h is None else h
+        return h if self.conv2 is not None else self.block.middle(h)
+
+    def layers(self, x: Tensor, inner: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The chain's layers one by one."""
+        if self.bottleneck and self.conv2 is not None:
+            inner = self.block.middle(inner)
+        y = self.block.finish(x, inner)
+        return y, None if self.following is None else self.behind.start(y)
+
+    def step(self, name: str, operands: list[Tensor | None], strides: tuple[int, int]) -> _Step:
+        """The block as the choice ``name`` has it."""
+
+        def by_chain(x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return run_chain(self.inner(x, h), x, operands, strides, "relu")
+
+        def by_layers(x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            h = self.block.start(x) if h is None else h
+            return self.block.finish(x, self.block.middle(h) if self.bottleneck else h), None
+
+        return by_chain if name == NAME else by_layers
+
+
+def _pair(block: Any, number: int) -> tuple[Any, Any]:
+    return getattr(block, f"conv{number}"), getattr(block, f"bn{number}")
+
+
+class Chained:
+    """The stages of one network for inputs of one kind, decided at their first forward.
+
+    Attributes:
+        lines: what was chosen for each block, for ``explain()``.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], paths: Sequence[str]) -> None:
+        self.generation, self.epoch = _binding.generation(), _pack.epoch()
+        blocks = [block for stage in stages for block in stage]  # type: ignore[attr-defined]
+        self.blocks = [_Block(b, n) for b, n in zip(blocks, [*blocks[1:], None], strict=True)]
+        self.names = [
+            f"{path}.{i}"
+            for path, stage in zip(paths, stages, strict=True)
+            for i in range(len(stage))  # type: ignore[arg-type]
+        ]
+        native = _library.native()
+        assert native is not None
+        self._guard = native.Guard()
+        structure = Structure.below(*stages)
+        structure.watch(self._guard)
+        for stage, module in ((s, m) for s in stages for m in s.modules()):
+            del stage
+            if isinstance(module, nn.BatchNorm2d):
+                self._guard.same(module.__dict__, "training", False)
+                self._guard.same(module.__dict__, "eps", module.__dict__["eps"])
+            if isinstance(module, nn.Conv2d):
+                for name in _GEOMETRY:
+                    self._guard.same(module.__dict__, name, module.__dict__[name])
+            for where in (module._parameters, module._buffers):
+                for name, tensor in where.items():
+                    self._guard.same(where, name, tensor)
+                    if tensor is not None and name != "num_batches_tracked":
+                        self._guard.tensor(tensor)
+        self._steps: list[_Step] = []
+        self.lines: list[str] = []
+
+    def holds(self) -> bool:
+        """Whether the modules, their parameters and the plan are what they were."""
+        return (
+            self.generation == _binding.generation()
+            and self.epoch == _pack.epoch()
+            and self._guard.holds()
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The last block's output; the first call decides on the way."""
+        h: Tensor | None = None
+        if self._steps:
+            for step in self._steps:
+                x, h = step(x, h)
+            return x
+        steps = []
+        for name, block in zip(self.names, self.blocks, strict=True):
+            choice, operands, strides = self._decide(block, x, h)
+            steps.append(block.step(choice.name, operands, strides))
+            if block.saves:
+                self.lines.append(f"{name}: {_form(block, choice)}")
+            x, h = steps[-1](x, h)
+        self._steps = steps
+        return x
+
+    @staticmethod
+    def _decide(
+        block: _Block, x: Tensor, h: Tensor | None
+    ) -> tuple[Choice, list[Tensor | None], tuple[int, int]]:
+        if not block.saves:
+            return Choice(LAYERS, "NO_CANDIDATE"), [], (1, 1)
+        inner = block.inner(x, h)
+        site = block.site(inner, x)
+        with torch.inference_mode(False), torch.no_grad():
+            operands = block.args().operands()
+        runs = {
+            NAME: lambda: run_chain(inner, x, operands, site.strides, "relu"),
+            LAYERS: lambda: block.layers(x, inner),
+        }
+        choice = choose(site.key, NAME, x.device, lambda: verify_chain(site, x.device), runs)
+        return choice, operands, site.strides
+
+
+def _form(block: _Block, choice: Choice) -> str:
+    """A line of ``explain()``: what the chain takes in, and what became of it."""
+    shortcut = "add" if block.down is None else "projection and add"
+    parts = [
+        "conv2" if block.conv2 is not None else "",
+        "conv3" if block.conv3 is not None else "",
+        shortcut,
+        "the next conv1" if block.following is not None else "",
+    ]
+    return f"{', '.join(filter(None, parts))} by {choice}"
+
+
+class Chains:
+    """The chained stages of one network, by kind of input. Copies and pickles start empty."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Chained | None] = {}
+
+    def __reduce__(self) -> tuple[type[Chains], tuple[()]]:
+        return Chains, ()
+
+    def lines(self) -> Iterator[str]:
+        """What was chosen, for ``explain()``."""
+        for key, chained in list(self._known.items()):
+            if chained is not None and chained.holds():
+                size = "x".join(map(str, key[1]))
+                for line in chained.lines:
+                    yield f"{line} (batch {key[0]}, {size})"
+
+    def forward(self, stages: Sequence[nn.Module], paths: Sequence[str], x: Tensor) -> Tensor:
+        """``stages`` one after the other."""
+        # What wins at one image may lose at a hundred: each power of two is measured once.
+        key = (1 << (x.shape[0] - 1).bit_length(), tuple(x.shape[1:]), x.dtype, x.device)
+        found = self._known.get(key)
+        if found is None or not found.holds():
+            found = None if _is_capturing(x) else self._build(stages, paths)
+            if found is None:
+                return _by_layers(stages, x)
+            keep(self._known, key, found)
+        return found(x.contiguous(memory_format=torch.channels_last))
+
+    @staticmethod
+    def _build(stages: Sequence[nn.Module], paths: Sequence[str]) -> Chained | None:
+        if _library.native() is None or not all(_is_chainable(stage) for stage in stages):
+            return None
+        return Chained(stages, paths) if Structure.below(*stages).is_plain() else None
+
+
+def _by_layers(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for stage in stages:
+        x = stage(x)
+    return x
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be timed."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _is_chainable(stage: nn.Module) -> bool:
+    """Whether the stage is blocks of this package's, in eval, as their classes made them."""
+    if type(stage) is not nn.Sequential:
+        return False
+    return all(type(b) in (BasicBlock, Bottleneck) and _is_regular(b) for b in stage)
+
+
+def _is_regular(block: Any) -> bool:
+    numbers = (1, 2, 3) if type(block) is Bottleneck else (1, 2)
+    pairs = [_pair(block, number) for number in numbers]
+    if type(block.relu) is not nn.ReLU:
+        return False
+    if block.downsample is not None:
+        down = block.downsample
+        if block.site_downsample is None or type(down) is not nn.Sequential or len(down) != 2:
+            return False
+        geometry = (down[0].kernel_size, down[0].padding, down[0].groups)
+        if geometry != ((1, 1), (0, 0), 1) or down[0].stride not in ((1, 1), (2, 2)):
+            return False
+        pairs.append((down[0], down[1]))
+    pointwise = [pairs[0], pairs[2]] if type(block) is Bottleneck else []
+    for conv, norm in pairs:
+        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+            return False
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or norm.training:
+            return False
+        if norm.running_mean is None or norm.running_var is None:
+            return False
+        if conv.weight.dtype is not norm.running_mean.dtype:
+            return False
+        args = FusedSite.args(conv, norm)
+        # Computed at each look, or without a version to compare.
+        if not Prepared.held(conv, norm, args.tensors):
+            return False
+        if any(t is not None and t.is_inference() for t in args.tensors):
+            return False
+    for conv, _ in pointwise:
+        if (conv.kernel_size, conv.stride, conv.padding) != ((1, 1), (1, 1), (0, 0)):
+            return False
+        if conv.groups != 1:
+            return False
+    if type(block) is BasicBlock:
+        conv = block.conv2
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    return True
