@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import add_act, bn_act, conv_bn_act
+from . import add_act, bn_act, conv_bn_act, residual_chain
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -44,9 +44,10 @@ class Variant:
     """One kernel as one launch would compile it: a name, and how to make that launch."""
 
     name: str
-    launch: Callable[..., torch.Tensor]
+    launch: Callable[..., Any]
     args: tuple[Any, ...]
     options: dict[str, Any]
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,82 @@ def _conv(dtype: torch.dtype, c: int, k: int, taps: int, stride: int, size: int)
     return x, w, _meta(k), _meta(k), residual, [stride] * 2, pad, [1, 1], 1, "relu"
 
 
+# Forms of the residual chain in ResNet-50 and ResNet-18: channels of h2 and of the next convolution
+# (0: none), conv2 and conv3 in the chain, a projection's stride (0: none), pixels a side.
+_CHAINS = {
+    "first": (64, 64, True, True, 1, 56),
+    "identity64": (64, 64, True, True, 0, 56),
+    "widening64": (64, 128, True, True, 0, 56),
+    "projection128": (128, 128, True, True, 2, 28),
+    "identity128": (128, 128, True, True, 0, 28),
+    "widening128": (128, 256, True, True, 0, 28),
+    "tail_projection256": (256, 256, False, True, 2, 14),
+    "tail256": (256, 256, False, True, 0, 14),
+    "last_projection512": (512, 0, False, True, 2, 7),
+    "basic_projection": (128, 0, True, False, 2, 28),
+}
+
+
+def _chain(
+    dtype: torch.dtype, mid: int, following: int, conv2: bool, conv3: bool, down: int, size: int
+) -> tuple[Any, ...]:
+    outputs = 4 * mid if conv3 else mid
+    inputs = mid if mid == 64 else 2 * mid if conv3 else mid // 2
+    # conv2 carries the stride of a bottleneck.
+    stride = max(1, down) if conv2 and conv3 else 1
+
+    def convolution(filters: int, channels: int, taps: int, there: bool) -> tuple[Any, ...]:
+        if not there:
+            return None, None, None
+        weight = _meta(filters, channels, taps, taps, dtype=dtype, last=True)
+        return weight, _meta(filters), _meta(filters)
+
+    side = size * max(1, down)
+    residual = (32, inputs, side, side) if down else (32, outputs, size, size)
+    return (
+        _meta(32, mid, size * stride, size * stride, dtype=dtype, last=True),
+        _meta(*residual, dtype=dtype, last=True),
+        *convolution(mid, mid, 3, conv2),
+        *convolution(outputs, mid, 1, conv3),
+        *convolution(outputs, inputs, 1, down > 0),
+        *convolution(following, outputs, 1, following > 0),
+        *(stride, max(1, down), "relu"),
+    )
+
+
+def _chains() -> list[Variant]:
+    """Each form with the configs that the architectures choose for it."""
+    found = []
+    for dtype, label in (
+        (torch.float16, "fp16"),
+        (torch.bfloat16, "bf16"),
+        (torch.float32, "tf32"),
+    ):
+        for form, sizes in _CHAINS.items():
+            mid, following, conv2, conv3, down, _ = sizes
+            chosen: dict[residual_chain.Config, list[int]] = {}
+            for arch in ARCHITECTURES:
+                config = residual_chain.choose_config(
+                    dtype, arch, mid, following, conv2 and conv3, down > 0
+                )
+                chosen.setdefault(config, []).append(arch)
+            if form == "identity64" and label == "fp16":
+                chosen[residual_chain.UNROLLED] = [90]
+                # What an unknown GPU gets, on the architecture that has its own.
+                chosen[residual_chain.SMALL] = list(ARCHITECTURES)
+            for config, architectures in chosen.items():
+                options = {"config": config, "allow_tf32": True}
+                name = f"residual_chain/{form}/{config.name}/{label}"
+                launch = residual_chain.launch_residual_chain
+                args = _chain(dtype, *sizes)
+                found.append(Variant(name, launch, args, options, tuple(architectures)))
+    return found
+
+
 def variants() -> list[Variant]:
     """Every kernel x config x dtype, with the whole epilogue, on ResNet-50's shapes.
 
-    Each with 32-bit and with 64-bit offsets: a graph for any batch runs the latter.
+    Kernels of one layer with 32-bit and with 64-bit offsets: a graph for any batch runs the latter.
     """
     found: list[Variant] = []
 
@@ -112,7 +185,7 @@ def variants() -> list[Variant]:
             add(f"add_act/{name}", add_act.launch_add_act, x, x, "gelu", config=flat)
             backward = add_act.launch_add_act_backward
             add(f"add_act_backward/{name}", backward, x, x, x, "gelu", config=flat)
-    return found
+    return found + _chains()
 
 
 class Recorder:
@@ -219,9 +292,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="compile only variants containing this text")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
-    names = [v.name for v in variants() if options.only in v.name]
+    chosen = [v for v in variants() if options.only in v.name]
     table = compile_jobs(
-        [(name, arch) for name in names for arch in ARCHITECTURES],
+        [(v.name, arch) for v in chosen for arch in v.architectures],
         processes=options.processes,
         report=lambda name, row: print(f"{name}: {row}", flush=True),
     )

@@ -73,13 +73,11 @@ def check(
         raise ArgumentError("weight3", "a tensor where there is no weight2", "None")
     if weight3 is None and weight_n is not None:
         raise ArgumentError("weight_n", "None without weight3", "a tensor")
-    for name, step, weight, most in (
-        ("stride", stride, weight2, 2),
-        ("stride_d", stride_d, weight_d, 2),
-    ):
+    for name, step, weight in (("stride", stride, weight2), ("stride_d", stride_d, weight_d)):
+        _checks.integers(name, step, 1, 1)
         if weight is None and step != 1:
             raise ArgumentError(name, "1 without its convolution", step)
-        if step not in range(1, most + 1):
+        if step > 2:
             raise ArgumentError(name, "1 or 2", step)
     images, channels, height, width = x.shape
     if height < 1 or width < 1:

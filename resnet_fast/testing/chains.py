@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast.testing import reordered as _reordered
 from resnet_fast.testing.cases import _Draw
 
 
@@ -89,3 +90,26 @@ def make(
         "stride_d": chain.step,
         "act": chain.act,
     }
+
+
+def reordered(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """The chain's layers, each with its axes read backwards (:mod:`.reordered`)."""
+
+    def convolve(
+        x: Tensor, suffix: str, residual: Tensor | None, stride: int, padding: int, act: str
+    ) -> Tensor:
+        parts = {part: arguments[part + suffix] for part in ("weight", "scale", "shift")}
+        geometry = {"stride": stride, "padding": padding, "dilation": 1, "groups": 1}
+        return _reordered.conv_bn_act(x=x, residual=residual, act=act, **parts, **geometry)
+
+    x, shortcut, act = arguments["x"], arguments["residual"], arguments["act"]
+    if arguments["weight_d"] is not None:
+        shortcut = convolve(shortcut, "_d", None, arguments["stride_d"], 0, "none")
+    if arguments["weight3"] is None:
+        return convolve(x, "2", shortcut, arguments["stride"], 1, act), x.new_empty(0)
+    if arguments["weight2"] is not None:
+        x = convolve(x, "2", None, arguments["stride"], 1, act)
+    y = convolve(x, "3", shortcut, 1, 0, act)
+    if arguments["weight_n"] is None:
+        return y, x.new_empty(0)
+    return y, convolve(y, "_n", None, 1, 0, act)
