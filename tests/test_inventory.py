@@ -79,7 +79,8 @@ def inside(name: str, module: str) -> bool:
 
 
 def test_schemas_are_the_listed_ops_their_backwards_and_parts() -> None:
-    assert set(schemas()) == set(ops.OPS) | set(PRIVATE.values()) | PARTS | set(SHARED)
+    expected = {*ops.OPS, *ops.FUSED, *PRIVATE.values(), *PARTS, *SHARED}
+    assert set(schemas()) == expected
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd", "onednn"])
@@ -90,7 +91,20 @@ def test_packing_registrations(algorithm: str) -> None:
         assert f'"_{algorithm}_conv"' in read(f"csrc/cpu/conv_bn_act_{algorithm}.cpp")
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", ops.FUSED)
+def test_an_op_of_several_layers_is_made_of_ops_and_has_a_kernel(op: str) -> None:
+    text = read(f"resnet_fast/ops/{op}.py")
+    assert f'_several.implement("{op}", ' in text and "resnet_fast.conv_bn_act.default(" in text
+    assert f"def launch_{op}(" in read(f"kernels/{op}.py")
+    read(f"tests/interpreted/{op}.py")
+    read(f"tests/test_{op}.py")
+    name = f"resnet_fast::{op}"
+    for key in ("CPU", "CUDA", "Autograd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
+
+
+@pytest.mark.parametrize("op", [*ops.OPS, *ops.FUSED])
 def test_contract_is_whole(op: str) -> None:
     module = ops.module(op)
     function = getattr(ops, op)

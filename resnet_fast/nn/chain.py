@@ -355,6 +355,6 @@ def _is_regular(block: Any) -> bool:
             return False
     if type(block) is BasicBlock:
         conv = block.conv2
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+        last = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return last == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ def residual_chain(
         DTypeError: an unsupported dtype, or dtypes that do not go together.
         LibraryError: the native library is not loaded, or Triton fails on the device of ``x``.
     """
-    arguments = (
+    arguments: tuple[Any, ...] = (
         *(x, residual, weight2, scale2, shift2, weight3, scale3, shift3),
         *(weight_d, scale_d, shift_d, weight_n, scale_n, shift_n, stride, stride_d, act),
     )
@@ -197,6 +197,7 @@ def reference(
     if weight_d is not None:
         residual = _convolution(residual, weight_d, scale_d, shift_d, stride=stride_d)
     if weight3 is None:
+        assert weight2 is not None
         y = _convolution(x, weight2, scale2, shift2, residual, stride, 1, act=act)
         return y, x.new_empty(0)
     if weight2 is not None:
@@ -278,10 +279,9 @@ def _fake(
     stride_d: int,
     act: str,
 ) -> tuple[Tensor, Tensor]:
-    shapes = check(
-        *(x, residual, weight2, scale2, shift2, weight3, scale3, shift3),
-        *(weight_d, scale_d, shift_d, weight_n, scale_n, shift_n, stride, stride_d, act),
-    )
+    parts: tuple[Any, ...] = (weight2, scale2, shift2, weight3, scale3, shift3)
+    parts += (weight_d, scale_d, shift_d, weight_n, scale_n, shift_n)
+    shapes = check(x, residual, *parts, stride, stride_d, act)
 
     def empty(shape: list[int]) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
