@@ -279,9 +279,11 @@ def _fake(
     stride_d: int,
     act: str,
 ) -> tuple[Tensor, Tensor]:
-    parts: tuple[Any, ...] = (weight2, scale2, shift2, weight3, scale3, shift3)
-    parts += (weight_d, scale_d, shift_d, weight_n, scale_n, shift_n)
-    shapes = check(x, residual, *parts, stride, stride_d, act)
+    arguments: tuple[Any, ...] = (
+        *(x, residual, weight2, scale2, shift2, weight3, scale3, shift3),
+        *(weight_d, scale_d, shift_d, weight_n, scale_n, shift_n, stride, stride_d, act),
+    )
+    shapes = check(*arguments)
 
     def empty(shape: list[int]) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
