@@ -14,7 +14,7 @@ The rules of counting, the same for every op:
 - ``written`` holds every output once; what stays on chip is neither;
 - ``parameters`` is the part of ``read`` that belongs to the layer and not to an image;
 - ``flops`` are two for each multiply-add of a product. Scale, shift, addition and activation of the
-  outputs are not counted: they are a thousandth of it.
+  outputs are not counted: half a percent of it in ResNet-50.
 """
 
 from __future__ import annotations

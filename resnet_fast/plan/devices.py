@@ -63,9 +63,9 @@ def _peaks(tensor: float, tf32: float, fp32: float) -> dict[str, float]:
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        # NVIDIA H100 Tensor Core GPU data sheet, column SXM (its tensor figures are sparse: half
-        # of them here); SMs and L2: NVIDIA H100 Tensor Core GPU Architecture. The copy: 3.0 TB/s
-        # read and written by a device-to-device copy much larger than L2, 90 % of the data sheet.
+        # NVIDIA H100 Tensor Core GPU data sheet, column SXM: bandwidth. NVIDIA H100 Tensor Core
+        # GPU Architecture, H100 SXM5: SMs, L2, dense peaks. The copy was measured on an H100 SXM
+        # (beside it a GEMM in fp16 reached 800 TFLOP/s, which is no roof here).
         Device(
             "H100",
             "cuda:NVIDIA H100 80GB HBM3:sm_90",
@@ -77,7 +77,8 @@ DEVICES: dict[str, Device] = {
             peaks=_peaks(989.4, 494.7, 66.9),
             copied=3.0e12,
         ),
-        # NVIDIA H200 Tensor Core GPU data sheet, column SXM: the H100's chip, faster memory.
+        # NVIDIA H200 Tensor Core GPU data sheet, column SXM: bandwidth; the chip is
+        # the H100's.
         Device(
             "H200",
             "cuda:NVIDIA H200:sm_90",
