@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resnet_fast import cli, kernels, plan, traffic
 from resnet_fast.errors import ArgumentError, LibraryError, PlanError
-from resnet_fast.ops import _work
+from resnet_fast.ops import _pack, _work
 from resnet_fast.plan import devices, framework_work
 from resnet_fast.plan import traffic as accounting
 from resnet_fast.plan.traffic import Launch
@@ -152,6 +152,14 @@ def test_this_package_s_ops_in_the_account() -> None:
     first, second = account(Calls(run), x)
     size = 2 * 2 * 16 * 25
     assert first.work == (size + 128, size, 0, 128) and second.work == (2 * size, size, 0, 0)
+
+
+def test_meta_tensors_are_not_known_by_an_address_that_they_lack() -> None:
+    """Each has address 0: what is derived from one must not be taken for the other's."""
+    tensors = [torch.empty(4, device="meta") for _ in range(2)]
+    values = [_pack.cached("itself", (tensor,), lambda tensor=tensor: tensor) for tensor in tensors]
+    assert values[0] is tensors[0] and values[1] is tensors[1]
+    assert not _pack.is_deriving()
 
 
 def test_an_unknown_op_is_counted_and_marked() -> None:
