@@ -495,29 +495,30 @@ def traffic(
     peak, launch by launch. Beside it torchvision's eager network, every site as one kernel, and
     the minimum: each residual block as one. MB are 10^6 bytes.
     """
-    from resnet_fast import traffic as account
+    from resnet_fast import traffic_report as report
     from resnet_fast.bench.report import save_json
+    from resnet_fast.traffic import count
 
     _check_images(batch, size)
     printed = json_ == Path("-")
     _check_files(None if printed else json_, plot)
     if plot is not None:
-        account.check_plot(plot)
+        report.check_plot(plot)
     with _status(f"counting the launches of {model}"):
-        told = account.count(model, dtype, batch, size, device, plan)
+        told = count(model, dtype, batch, size, device, plan)
     if plot is not None:
-        account.plot(told, plot)
+        report.plot(told, plot)
     if printed:
         _print_json(told.to_dict())
         return
     if json_ is not None:
         save_json(told.to_dict(), json_)
     console = _console()
-    console.print(account.heading(told), highlight=False)
-    console.print(account.stage_table(told))
+    console.print(report.heading(told), highlight=False)
+    console.print(report.stage_table(told))
     console.print()
-    console.print(account.yardstick_table(told))
-    for note in account.notes(told):
+    console.print(report.yardstick_table(told))
+    for note in report.notes(told):
         console.print(note, highlight=False, markup=False)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import cli, kernels, plan, traffic
+from resnet_fast import cli, kernels, plan, traffic, traffic_report
 from resnet_fast.errors import ArgumentError, LibraryError, PlanError
 from resnet_fast.ops import _pack, _work
 from resnet_fast.plan import devices, framework_work
@@ -335,8 +335,8 @@ def test_layers_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     (layers,) = (way for way in told.yardsticks if way.name == "layers")
     assert not layers.launches and "Triton" in layers.absence
     assert told.to_dict()["yardsticks"]["layers"] == {"absence": layers.absence}
-    assert any("Triton" in line for line in traffic.notes(told) if line.startswith("layers"))
-    traffic.yardstick_table(told)
+    assert any("Triton" in line for line in traffic_report.notes(told) if line.startswith("layers"))
+    traffic_report.yardstick_table(told)
 
 
 def test_nothing_runs_on_a_device() -> None:
@@ -471,5 +471,5 @@ def test_a_plot_without_matplotlib(
 def test_plot(suffix: str, start: bytes, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / f"roofline{suffix}"
-    traffic.plot(counted("resnet18", plan="default"), file)
+    traffic_report.plot(counted("resnet18", plan="default"), file)
     assert file.read_bytes().startswith(start)
