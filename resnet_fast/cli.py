@@ -1,4 +1,4 @@
-"""The ``resnet-fast`` command: info, verify, bench, demo, explain.
+"""The ``resnet-fast`` command: info, verify, bench, demo, explain, traffic.
 
 Exit codes: 0 done, 1 the answer is no (a mismatch, a failure), 2 the question was wrong.
 """
@@ -89,6 +89,14 @@ def _check_images(batch: int, size: int | None) -> None:
         raise ArgumentError("batch", "at least 1", str(batch))
     if size is not None and size < 16:
         raise ArgumentError("size", "at least 16", str(size))
+
+
+def _check_files(*paths: Path | None) -> None:
+    from resnet_fast.errors import ArgumentError
+
+    for path in paths:
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ArgumentError("file", "a path in an existing folder", str(path))
 
 
 def _version(wanted: bool) -> None:
@@ -300,9 +308,7 @@ def bench(
     _check_images(min(batches), size)
     if threads is not None and threads < 1:
         raise ArgumentError("threads", "at least 1", str(threads))
-    for path in (json_, csv):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ArgumentError("file", "a path in an existing folder", str(path))
+    _check_files(json_, csv)
     ours = ("resnet_fast", "resnet_fast_tuned") if tuned else ("resnet_fast",)
     names = [name.strip() for name in peers.split(",") if name.strip()]
     console = _console()
@@ -457,6 +463,63 @@ def _rows_table(rows: list[dict[str, Any]], described: tuple[str, ...]) -> Any:
         }
         table.add_row(*(cells[heading] for heading in headings))
     return table
+
+
+@app.command(
+    epilog=_examples(
+        "traffic resnet50 --batch 128 --dtype fp16",
+        "traffic resnet50 --batch 128 --device L4 --plan layers",
+        "traffic resnet50 --batch 128 --json - | jq .mb_per_image",
+        "traffic resnet50 --batch 128 --plot roofline.svg",
+    )
+)
+def traffic(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Images in the batch.")] = 1,
+    dtype: Dtype = "fp16",
+    size: Size = None,
+    device: Annotated[str, typer.Option(help="H100, H200, A100, L4 or RTX4090.")] = "H100",
+    plan: Annotated[str, typer.Option(help="default, or layers: each site one kernel.")] = (
+        "default"
+    ),
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write every launch; - prints it instead.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the roofline, .svg or .png; needs matplotlib.")
+    ] = None,
+) -> None:
+    """Count bytes, FLOPs and launches on a GPU, without one.
+
+    By stage, with the time at the roofline: the larger of bytes over bandwidth and FLOPs over
+    peak, launch by launch. Beside it torchvision's eager network, every site as one kernel, and
+    the minimum: each residual block as one. MB are 10^6 bytes.
+    """
+    from resnet_fast import traffic_report as report
+    from resnet_fast.bench.report import save_json
+    from resnet_fast.traffic import count
+
+    _check_images(batch, size)
+    printed = json_ == Path("-")
+    _check_files(None if printed else json_, plot)
+    if plot is not None:
+        report.check_plot(plot)
+    with _status(f"counting the launches of {model}"):
+        told = count(model, dtype, batch, size, device, plan)
+    if plot is not None:
+        report.plot(told, plot)
+    if printed:
+        _print_json(told.to_dict())
+        return
+    if json_ is not None:
+        save_json(told.to_dict(), json_)
+    console = _console()
+    console.print(report.heading(told), highlight=False)
+    console.print(report.stage_table(told))
+    console.print()
+    console.print(report.yardstick_table(told))
+    for note in report.notes(told):
+        console.print(note, highlight=False, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

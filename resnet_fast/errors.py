@@ -29,7 +29,7 @@ class DTypeError(ArgumentError, TypeError):
 
 
 class LibraryError(ResNetFastError, RuntimeError):
-    """A native library is needed and is not loaded."""
+    """A native library or an optional package is needed and is not there."""
 
 
 class PlanError(ResNetFastError, ValueError):

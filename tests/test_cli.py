@@ -31,7 +31,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("command", ("info", "verify", "bench", "demo", "explain"))
+@pytest.mark.parametrize("command", ("info", "verify", "bench", "demo", "explain", "traffic"))
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_module_and_no_arguments() -> None:
 
 
 def test_unknown_model_suggests_names(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("verify", "bench", "explain"):
+    for command in ("verify", "bench", "explain", "traffic"):
         assert cli.main([command, "resnet5"]) == 2
         assert "did you mean resnet50" in error_line(capsys)
 

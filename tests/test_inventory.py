@@ -122,6 +122,16 @@ def test_contract_is_whole(op: str) -> None:
     assert module.reference.__doc__ and module.check.__doc__
 
 
+@pytest.mark.parametrize("op", ops.OPS)
+def test_ops_say_their_work(op: str) -> None:
+    """What inference runs is in the traffic account (resnet_fast/ops/_work.py)."""
+    if op == "bn_act_train":
+        return
+    work = ops.module(op).work
+    assert list(inspect.signature(work).parameters) == argument_names(schemas()[op])
+    assert work.__doc__
+
+
 @pytest.mark.parametrize("op", [*ops.OPS, *PRIVATE.values()])
 def test_registrations(op: str) -> None:
     name = f"resnet_fast::{op}"

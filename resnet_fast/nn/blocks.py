@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _nn_module
 
 from resnet_fast.errors import ArgumentError, DTypeError
+from resnet_fast.nn.prepared import is_autocasting
 from resnet_fast.nn.sequence import Sequenced, plain
 from resnet_fast.nn.site import FusedSite
 
@@ -147,7 +148,7 @@ def check_images(x: Tensor, conv: nn.Module) -> None:
     weight = conv.weight
     if x.device != weight.device:
         raise ArgumentError("x", f"a tensor on {weight.device}, as the network", f"{x.device}")
-    if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype is not weight.dtype and not is_autocasting(x.device):
         raise DTypeError("x", f"{weight.dtype}, as the network's parameters", f"{x.dtype}")
 
 

@@ -46,6 +46,11 @@ def is_transforming() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
+def is_autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; torch's own test raises for meta, which has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 # A tensor's place in a module, the tensor, and the version and address that it had.
 Source = tuple[dict[str, Any], str, Tensor | None, int, int]
 
@@ -170,7 +175,7 @@ class Prepared:
             or self.generation != _binding.generation()
             or self.epoch != _pack.epoch()
             or _binding.tuning() is not None
-            or torch.is_autocast_enabled(self.device.type)
+            or is_autocasting(self.device)
             or self._geometry(conv) != self.geometry
         ):
             return False

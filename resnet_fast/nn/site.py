@@ -15,7 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fast import _library, ops
 from resnet_fast.errors import ArgumentError
 from resnet_fast.nn import recorder as _recorder
-from resnet_fast.nn.prepared import Prepared, batch_class, hooks_of, is_transforming, keep
+from resnet_fast.nn.prepared import (
+    Prepared,
+    batch_class,
+    hooks_of,
+    is_autocasting,
+    is_transforming,
+    keep,
+)
 from resnet_fast.ops import activation
 from resnet_fast.ops.activation import ACTIVATIONS
 from resnet_fast.plan import binding as _binding
@@ -51,7 +58,7 @@ def _is_plain_conv(conv: Any) -> bool:
 
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast takes ``x`` for a convolution: it leaves fp64 alone."""
-    return torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
+    return is_autocasting(x.device) and x.dtype is not torch.float64
 
 
 class FusedSite(nn.Module):
@@ -331,7 +338,7 @@ class FusedSite(nn.Module):
         prepare = candidate.prepare
         if (
             prepare is None
-            or torch.is_autocast_enabled(x.device.type)
+            or is_autocasting(x.device)
             or not Prepared.held(conv, bn, args.tensors)
             or any(t is not None and t.is_inference() for t in args.tensors)
         ):

@@ -134,6 +134,25 @@ def watch(tensors: Sequence[Tensor | None]) -> Any:
     return native.Watch(spans) if spans else None
 
 
+_deriving = threading.local()
+
+
+def is_deriving() -> bool:
+    """Whether this thread is inside a ``build`` of :func:`cached`: work that is paid once."""
+    return bool(getattr(_deriving, "depth", 0))
+
+
+def _derived(build: Callable[[], Any]) -> Any:
+    # Outside inference mode: a cached value made inside it could not be used by a later traced
+    # or differentiated call.
+    _deriving.depth = getattr(_deriving, "depth", 0) + 1
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return build()
+    finally:
+        _deriving.depth -= 1
+
+
 def cached(kind: Hashable, tensors: Sequence[Tensor | None], build: Callable[[], Any]) -> Any:
     """Return ``build()``, remembered for as long as ``tensors`` stay what they are.
 
@@ -142,21 +161,21 @@ def cached(kind: Hashable, tensors: Sequence[Tensor | None], build: Callable[[],
         tensors: every tensor that ``build`` reads; the first is required.
         build: computes the derived value.
 
-    Inference tensors carry no version counter, so nothing derived from them is kept.
+    Inference tensors carry no version counter, so nothing derived from them is kept; nor is what
+    is derived from meta tensors, which have no address to be known by.
     """
     global _insertions
     first = tensors[0]
     assert first is not None
     if any(t is not None and t.is_inference() for t in tensors):
         return build()
+    if first.is_meta:
+        return _derived(build)
     key = (kind, _view(first))
     entry = _entries.get(key)
     if entry is not None and entry.matches(tensors):
         return entry.value
-    # Outside inference mode: a cached value made inside it could not be used by a later traced
-    # or differentiated call.
-    with torch.inference_mode(False), torch.no_grad():
-        entry = _Entry(tensors, build)
+    entry = _derived(lambda: _Entry(tensors, build))
     with _lock:
         _entries[key] = entry
         _insertions += 1

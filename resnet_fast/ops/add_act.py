@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.ops import _checks, activation
+from resnet_fast.ops import _checks, _work, activation
 
 
 def check(x: Tensor, residual: Tensor, act: str = "none") -> None:
@@ -50,6 +50,11 @@ def add_act(x: Tensor, residual: Tensor, act: str = "none") -> Tensor:
 def reference(x: Tensor, residual: Tensor, act: str = "none") -> Tensor:
     """:func:`add_act` in plain PyTorch: one op after another, each rounding to ``x.dtype``."""
     return activation.value(act, x + residual)
+
+
+def work(x: Tensor, residual: Tensor, act: str = "none") -> _work.Work:
+    """What :func:`add_act` moves; see :mod:`resnet_fast.ops._work`."""
+    return _work.Work(_work.nbytes(x, residual), _work.nbytes(x))
 
 
 def _fake(x: Tensor, residual: Tensor, act: str) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.ops import _checks, activation
+from resnet_fast.ops import _checks, _work, activation
 
 
 def check(
@@ -76,6 +76,19 @@ def reference(
     if residual is not None:
         z = z + residual
     return activation.value(act, z)
+
+
+def work(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> _work.Work:
+    """What :func:`bn_act` moves; see :mod:`resnet_fast.ops._work`."""
+    parameters = _work.nbytes(scale, shift)
+    read = _work.nbytes(x, residual) + parameters
+    return _work.Work(read, _work.nbytes(x), parameters=parameters)
 
 
 def _fake(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.errors import ArgumentError
-from resnet_fast.ops import _checks, activation
+from resnet_fast.ops import _checks, _work, activation
 
 
 class Geometry(NamedTuple):
@@ -162,6 +163,30 @@ def reference(
     if residual is not None:
         z = z + residual
     return activation.value(act, z)
+
+
+def work(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    act: str = "none",
+) -> _work.Work:
+    """What :func:`conv_bn_act` moves and computes; see :mod:`resnet_fast.ops._work`."""
+    geometry = check(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
+    parameters = _work.nbytes(weight, scale, shift)
+    seen = _work.window(x, weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
+    return _work.Work(
+        seen + _work.nbytes(residual) + parameters,
+        math.prod(geometry.shape) * x.element_size(),
+        _work.product_flops(weight, geometry.shape),
+        parameters,
+    )
 
 
 def _fake(

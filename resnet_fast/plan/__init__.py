@@ -10,6 +10,7 @@ from torch import nn
 from resnet_fast.plan.binding import (
     Binding,
     active_plan,
+    as_if_on,
     resolve,
     set_plan,
     tune,
@@ -46,6 +47,7 @@ __all__ = [
     "Plan",
     "Site",
     "active_plan",
+    "as_if_on",
     "default_order",
     "device_name",
     "load_plan",

@@ -19,7 +19,7 @@ from resnet_fast.plan import cache
 from resnet_fast.plan.candidate import CANDIDATES, Candidate, ConvArgs, default_order
 from resnet_fast.plan.measure import measure
 from resnet_fast.plan.plan import Entry, Plan
-from resnet_fast.plan.site import Site, device_name
+from resnet_fast.plan.site import Site, device_name, stand_in
 from resnet_fast.plan.verify import framework_batch, verify
 
 
@@ -68,11 +68,30 @@ def use(plan: Plan | None) -> Iterator[None]:
         _set_plan(before)
 
 
+@contextlib.contextmanager
+def as_if_on(device: str) -> Iterator[None]:
+    """Within the block, bind the sites of meta tensors as on ``device``, by its name in a plan.
+
+    Nothing runs on meta tensors, so nothing can be compared: candidates are taken as verified
+    there, and the bindings say ``ASSUMED``.
+    """
+    token = stand_in.set(device)
+    _set_plan(_process_plan)
+    try:
+        yield
+    finally:
+        stand_in.reset(token)
+        _set_plan(_process_plan)
+
+
 def verified(site: Site, candidate: Candidate, device: torch.device) -> tuple[bool, float, float]:
     """``(ok, error, limit)`` of ``candidate`` at ``site``, from the cache or a fresh comparison.
 
-    A verdict holds where the framework runs the algorithm that the candidate was compared with.
+    A verdict holds where the framework runs the algorithm that the candidate was compared with. On
+    the meta device, where there is nothing to compare, every candidate is taken as verified.
     """
+    if device.type == "meta":
+        return True, 0.0, 0.0
     key = f"{site.key}|{framework_batch(site, device)[0]}"
     kept = cache.get(key, candidate.name)
     if kept is None:
@@ -108,6 +127,8 @@ def resolve(site: Site, device: torch.device) -> Binding:
                 reason = "NO_CANDIDATE"
             return Binding(candidate, reason, microseconds=timed, notes=notes)
         ok, error, limit = verified(site, candidate, device)
+        if ok and device.type == "meta":
+            return Binding(candidate, "ASSUMED", notes=notes)
         if ok:
             return Binding(candidate, "OK", error, limit, timed, notes)
         mismatch = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 REASONS: dict[str, str] = {
     "OK": "the candidate was verified and is in use",
+    "ASSUMED": "meta tensors: no number was computed, the candidate is taken as verified",
     "FRAMEWORK": "the framework's own path is the choice at this site",
     "NOT_RUN": "the site has not run yet; a compiler would trace the framework's own path",
     "TRAINING": "training: convolution, then the fused batch-norm, add and activation",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -118,9 +119,15 @@ def _device_name(kind: str, index: int | None) -> str:
     return kind
 
 
+# What the meta device stands for (:func:`resnet_fast.plan.binding.as_if_on`).
+stand_in: ContextVar[str | None] = ContextVar("stand_in", default=None)
+
+
 def device_name(device: torch.device | str) -> str:
     """What a plan calls ``device``: its kind, model and instruction set or architecture."""
     device = torch.device(device)
+    if device.type == "meta" and (name := stand_in.get()) is not None:
+        return name
     return _device_name(device.type, device.index).replace("|", "/")
 
 
