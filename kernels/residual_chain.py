@@ -211,14 +211,10 @@ LAST = Config(64, 64, 64, 8, 2)
 # (https://github.com/pytorch/pytorch/issues/173068).
 UNROLLED = Config(128, 64, 64, 8, 3, loop=False)
 TF32 = Config(64, 32, 32, 8, 2)
+TF32_NARROW = Config(64, 32, 16, 8, 2)  # sm_100: steps of 32 channels spill 16 bytes
 
-# Channels that conv2 leaves on chip: at 256 a program reads 1.2 MB of its weights for 64 pixels.
-MAX_CONV2 = 128
-# Channels of the next convolution: the accumulator of 512 takes every register there is (it spills
-# on sm_80 and sm_100), and 64 pixels would read 4 MB of weights.
-MAX_NEXT = 256
-# Channels of h2 held on chip over the slices; more are read again for each slice.
-MAX_HELD = 512
+# Bytes of a pixel's h2 held on chip over the slices; a longer one is read again for each slice.
+MAX_HELD = 1024
 # Programs that keep 132 multiprocessors busy, two on each.
 _PROGRAMS = 264
 
@@ -226,7 +222,7 @@ _PROGRAMS = 264
 def configs(dtype: torch.dtype) -> tuple[Config, ...]:
     """Every config of a dtype."""
     if dtype == torch.float32:
-        return (TF32,)
+        return TF32, TF32_NARROW
     return (SMALL, *LARGE.values(), LAST, UNROLLED)
 
 
@@ -240,7 +236,7 @@ def choose_config(
 ) -> Config:
     """Heuristic config for sm_<arch>: mid-channels of h2, and the next convolution's (0: none)."""
     if dtype == torch.float32:
-        return TF32
+        return TF32_NARROW if arch >= 100 else TF32
     if arch != 90:
         return SMALL
     if following == 0 and not conv2:
@@ -638,7 +634,7 @@ def launch_residual_chain(
             residual, pointer(weight_d), *vectors_d, pointer(weight_n), *vectors_n, y, h,
             m, height, width, p, q, channels, mid, outputs, *residual_size, following,
             HAS_CONV2=weight2 is not None, HAS_NEXT=weight_n is not None,
-            HELD=weight2 is not None or mid <= MAX_HELD, SLICES=slices,
+            HELD=weight2 is not None or mid * x.element_size() <= MAX_HELD, SLICES=slices,
             EVEN_MID=mid == _block(mid), EVEN_K=outputs % config.block_n == 0,
             BLOCK_MID=_block(mid), BLOCK_NEXT=_block(following), **flags,
         )  # fmt: skip

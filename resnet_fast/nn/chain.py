@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from resnet_fast import _library
 from resnet_fast.nn.blocks import BasicBlock, Bottleneck
-from resnet_fast.nn.prepared import Prepared, is_transforming, keep
+from resnet_fast.nn.prepared import Prepared, is_autocasting, is_transforming, keep
 from resnet_fast.nn.sequence import Structure, global_hooks
 from resnet_fast.nn.site import FusedSite
 from resnet_fast.ops import _pack
@@ -64,7 +64,7 @@ def may_run(x: Any) -> bool:
         and x.dim() == 4
         and x.shape[0] > 0
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not is_autocasting(x.device)
         and not is_transforming()
         and _binding.tuning() is None
         and not torch.jit.is_tracing()
