@@ -64,7 +64,7 @@ DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         # NVIDIA H100 Tensor Core GPU data sheet, column SXM: bandwidth. NVIDIA H100 Tensor Core
-        # GPU Architecture, H100 SXM5: SMs, L2, dense peaks. The copy was measured on an H100 SXM
+        # GPU Architecture, H100 SXM5: SMs, L2, dense peaks. The copy was measured on an H100
         # (beside it a GEMM in fp16 reached 800 TFLOP/s, which is no roof here).
         Device(
             "H100",
