@@ -122,7 +122,7 @@ def test_contract_is_whole(op: str) -> None:
     assert module.reference.__doc__ and module.check.__doc__
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", [*ops.OPS, *ops.FUSED])
 def test_ops_say_their_work(op: str) -> None:
     """What inference runs is in the traffic account (resnet_fast/ops/_work.py)."""
     if op == "bn_act_train":

@@ -40,9 +40,9 @@ from resnet_fast.plan.group import Choice, choose
 from resnet_fast.plan.plan import LAYERS
 from resnet_fast.plan.site import Site, device_name, dtype_name
 
-# A step takes the block's input and its first convolution's output, None where that is yet to be
-# computed, and gives the same of the block behind.
-_Step = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+# From a block's input and its inner activation to its output, and the first convolution's output of
+# the block behind, None where that is yet to be computed.
+_Rest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -149,24 +149,21 @@ class _Block:
         h = self.block.start(x) if h is None else h
         return h if self.conv2 is not None else self.block.middle(h)
 
+    def finish(self, x: Tensor, inner: Tensor) -> Tensor:
+        """The block's output by its layers, from where the chain starts."""
+        joined = self.bottleneck and self.conv2 is not None
+        return self.block.finish(x, self.block.middle(inner) if joined else inner)
+
     def layers(self, x: Tensor, inner: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The chain's layers one by one."""
-        if self.bottleneck and self.conv2 is not None:
-            inner = self.block.middle(inner)
-        y = self.block.finish(x, inner)
+        """The chain's results by its layers."""
+        y = self.finish(x, inner)
         return y, None if self.following is None else self.behind.start(y)
 
-    def step(self, name: str, operands: list[Tensor | None], strides: tuple[int, int]) -> _Step:
-        """The block as the choice ``name`` has it."""
-
-        def by_chain(x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return run_chain(self.inner(x, h), x, operands, strides, "relu")
-
-        def by_layers(x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            h = self.block.start(x) if h is None else h
-            return self.block.finish(x, self.block.middle(h) if self.bottleneck else h), None
-
-        return by_chain if name == NAME else by_layers
+    def rest(self, name: str, operands: list[Tensor | None], strides: tuple[int, int]) -> _Rest:
+        """What follows the inner activation, as the choice ``name`` has it."""
+        if name == NAME:
+            return lambda x, inner: run_chain(inner, x, operands, strides, "relu")
+        return lambda x, inner: (self.finish(x, inner), None)
 
 
 def _pair(block: Any, number: int) -> tuple[Any, Any]:
@@ -207,7 +204,7 @@ class Chained:
                     self._guard.same(where, name, tensor)
                     if tensor is not None and name != "num_batches_tracked":
                         self._guard.tensor(tensor)
-        self._steps: list[_Step] = []
+        self._rests: list[_Rest] = []
         self.lines: list[str] = []
 
     def holds(self) -> bool:
@@ -220,37 +217,28 @@ class Chained:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The last block's output; the first call decides on the way."""
+        rests: list[_Rest] = []
         h: Tensor | None = None
-        if self._steps:
-            for step in self._steps:
-                x, h = step(x, h)
-            return x
-        steps = []
-        for name, block in zip(self.names, self.blocks, strict=True):
-            choice, operands, strides = self._decide(block, x, h)
-            steps.append(block.step(choice.name, operands, strides))
-            if block.saves:
-                self.lines.append(f"{name}: {_form(block, choice)}")
-            x, h = steps[-1](x, h)
-        self._steps = steps
+        for i, (name, block) in enumerate(zip(self.names, self.blocks, strict=True)):
+            inner = block.inner(x, h)
+            if not self._rests:
+                rests.append(self._decide(name, block, x, inner))
+            x, h = (self._rests or rests)[i](x, inner)
+        self._rests = self._rests or rests
         return x
 
-    @staticmethod
-    def _decide(
-        block: _Block, x: Tensor, h: Tensor | None
-    ) -> tuple[Choice, list[Tensor | None], tuple[int, int]]:
+    def _decide(self, name: str, block: _Block, x: Tensor, inner: Tensor) -> _Rest:
         if not block.saves:
-            return Choice(LAYERS, "NO_CANDIDATE"), [], (1, 1)
-        inner = block.inner(x, h)
+            return block.rest(LAYERS, [], (1, 1))
         site = block.site(inner, x)
-        with torch.inference_mode(False), torch.no_grad():
-            operands = block.args().operands()
+        operands = _pack.derived(lambda: block.args().operands())
         runs = {
             NAME: lambda: run_chain(inner, x, operands, site.strides, "relu"),
             LAYERS: lambda: block.layers(x, inner),
         }
         choice = choose(site.key, NAME, x.device, lambda: verify_chain(site, x.device), runs)
-        return choice, operands, site.strides
+        self.lines.append(f"{name}: {_form(block, choice)}")
+        return block.rest(choice.name, operands, site.strides)
 
 
 def _form(block: _Block, choice: Choice) -> str:

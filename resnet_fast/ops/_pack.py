@@ -142,7 +142,8 @@ def is_deriving() -> bool:
     return bool(getattr(_deriving, "depth", 0))
 
 
-def _derived(build: Callable[[], Any]) -> Any:
+def derived(build: Callable[[], Any]) -> Any:
+    """``build()``, as work that is paid once for a parameter (:func:`is_deriving`)."""
     # Outside inference mode: a cached value made inside it could not be used by a later traced
     # or differentiated call.
     _deriving.depth = getattr(_deriving, "depth", 0) + 1
@@ -170,12 +171,12 @@ def cached(kind: Hashable, tensors: Sequence[Tensor | None], build: Callable[[],
     if any(t is not None and t.is_inference() for t in tensors):
         return build()
     if first.is_meta:
-        return _derived(build)
+        return derived(build)
     key = (kind, _view(first))
     entry = _entries.get(key)
     if entry is not None and entry.matches(tensors):
         return entry.value
-    entry = _derived(lambda: _Entry(tensors, build))
+    entry = derived(lambda: _Entry(tensors, build))
     with _lock:
         _entries[key] = entry
         _insertions += 1

@@ -86,6 +86,6 @@ def of(name: str) -> Callable[..., Work] | None:
     from resnet_fast import ops
 
     op = base(name)
-    if name not in (op, f"_{op}_triton") or op not in ops.OPS:
+    if name not in (op, f"_{op}_triton") or op not in (*ops.OPS, *ops.FUSED):
         return None
     return getattr(ops.module(op), "work", None)

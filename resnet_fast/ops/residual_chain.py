@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from resnet_fast.errors import ArgumentError
-from resnet_fast.ops import _checks, _several, activation
+from resnet_fast.ops import _checks, _several, _work, activation
 from resnet_fast.ops.conv_bn_act import reference as _convolution
 
 
@@ -206,6 +207,47 @@ def reference(
     if weight_n is None:
         return y, x.new_empty(0)
     return y, _convolution(y, weight_n, scale_n, shift_n, act=act)
+
+
+def work(
+    x: Tensor,
+    residual: Tensor,
+    weight2: Tensor | None = None,
+    scale2: Tensor | None = None,
+    shift2: Tensor | None = None,
+    weight3: Tensor | None = None,
+    scale3: Tensor | None = None,
+    shift3: Tensor | None = None,
+    weight_d: Tensor | None = None,
+    scale_d: Tensor | None = None,
+    shift_d: Tensor | None = None,
+    weight_n: Tensor | None = None,
+    scale_n: Tensor | None = None,
+    shift_n: Tensor | None = None,
+    stride: int = 1,
+    stride_d: int = 1,
+    act: str = "relu",
+) -> _work.Work:
+    """What :func:`residual_chain` moves and computes; see :mod:`resnet_fast.ops._work`."""
+    arguments: tuple[Any, ...] = (
+        *(x, residual, weight2, scale2, shift2, weight3, scale3, shift3),
+        *(weight_d, scale_d, shift_d, weight_n, scale_n, shift_n, stride, stride_d, act),
+    )
+    shapes = check(*arguments)
+    images, _, *pixels = shapes.y
+    read, flops = _work.nbytes(x), 0
+    for weight in (weight2, weight3, weight_d, weight_n):
+        if weight is not None:
+            flops += _work.product_flops(weight, [images, weight.shape[0], *pixels])
+    if weight2 is not None:
+        read = _work.window(x, (3, 3), [stride] * 2, (1, 1), (1, 1))
+    if weight_d is None:
+        read += _work.nbytes(residual)
+    else:
+        read += _work.window(residual, (1, 1), [stride_d] * 2, (0, 0), (1, 1))
+    parameters = _work.nbytes(*arguments[2:14])
+    outputs = math.prod(shapes.y) + (0 if shapes.h is None else math.prod(shapes.h))
+    return _work.Work(read + parameters, outputs * x.element_size(), flops, parameters)
 
 
 def _layers(

@@ -47,18 +47,18 @@ def choose(
     Args:
         key: the place's identity without the batch: of the cache's verdict and of plan entries.
         name: the kernel's name.
-        device: where it runs. On ``meta`` nothing runs: the kernel is taken as it is.
+        device: where it runs. On ``meta`` nothing does: the kernel is taken as it is.
         verify: compares the kernel with fp64.
         runs: a call each under ``name`` and ``LAYERS``, on the tensors at hand.
 
     An entry of the plan in force decides without a measurement, never without verification.
     """
-    if device.type == "meta":
-        return Choice(name, "OK")
     plan = binding.active_plan()
     entry = plan.entries.get(key) if plan is not None else None
     if entry is not None and entry.candidate == LAYERS:
         return Choice(LAYERS, "SLOWER", measured=entry.measured)
+    if device.type == "meta":
+        return Choice(name, "ASSUMED")
     kept = cache.get(key, name)
     if kept is None:
         verdict = verify()

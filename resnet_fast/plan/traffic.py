@@ -26,7 +26,7 @@ from resnet_fast.ops import _pack, _work
 from resnet_fast.ops._work import Work
 from resnet_fast.plan import binding, framework_work, model_sites
 from resnet_fast.plan.devices import Device
-from resnet_fast.plan.plan import Entry, Plan
+from resnet_fast.plan.plan import GROUPS, LAYERS, Entry, Plan
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,14 @@ def _counted(
 
 
 class _Everywhere(dict[str, Entry]):
-    """One entry for every site."""
+    """One entry for every site, and none for a kernel that stands for several."""
 
     def __init__(self, candidate: str) -> None:
         super().__init__()
         self._entry = Entry(candidate)
 
     def get(self, key: str, default: Any = None) -> Entry:  # type: ignore[override]
-        return self._entry
+        return Entry(LAYERS) if key.split("|", 1)[0] in GROUPS else self._entry
 
 
 @contextmanager
