@@ -390,3 +390,60 @@ def test_few_tiles_are_enough_for_winograd_in_fp32() -> None:
             True, False, "float32", "channels_last", "cpu",
         )  # fmt: skip
         assert default_order(site)[0] == name
+
+
+HALF = Site(
+    "conv_bn_act", (2, 8, 6, 6), (8, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1, "relu",
+    True, False, "float16", "channels_last", "cuda:Imaginary:sm_90",
+)  # fmt: skip
+
+
+@pytest.fixture
+def imaginary(monkeypatch):
+    """The candidates of a GPU, all of them right, as far as the order goes."""
+    for name in ("triton", "conv+bn_act"):
+        candidate = Candidate(name, lambda site: None, run_aten, run_aten)
+        monkeypatch.setitem(CANDIDATES, name, candidate)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(
+        binding_module, "verified", lambda site, candidate, device: (True, 0.0, 1.0)
+    )
+    return lambda call=None: plan.resolve(HALF, cpu, call)
+
+
+def test_a_kernel_in_the_librarys_place_has_to_win_on_the_device(imaginary, monkeypatch):
+    assert default_order(HALF) == ("triton", "conv+bn_act", "aten")
+    for device, dtype in (
+        ("cuda:Old:sm_75", "float16"),
+        (HALF.device, "float32"),
+        ("cuda", "float16"),
+    ):
+        site = Site(**{**vars(HALF), "device": device, "dtype": dtype})
+        assert default_order(site) == ("conv+bn_act", "aten")
+    unmeasured = imaginary()
+    assert unmeasured.candidate.name == "conv+bn_act" and "not measured" in unmeasured.notes[0]
+    asked = []
+    for triton, library, winner in (
+        (1.0, 2.0, "triton"),
+        (2.0, 1.0, "conv+bn_act"),
+        (1.0, 1.0, "conv+bn_act"),
+    ):
+        times = {"triton": triton, "conv+bn_act": library}
+
+        def measured(runs, device, times=times):
+            for run in runs.values():
+                run()
+            return {name: times[name] for name in runs}
+
+        monkeypatch.setattr(binding_module, "measure", measured)
+        found = imaginary(asked.append)
+        assert found.candidate.name == winner
+        assert winner == "triton" or "triton: slower here" in found.notes[0]
+    assert [candidate.name for candidate in asked] == ["triton", "conv+bn_act"] * 3
+
+
+def test_a_plan_needs_no_second_measurement(imaginary, monkeypatch):
+    monkeypatch.setattr(binding_module, "measure", lambda *a: pytest.fail("the plan decides"))
+    for name in ("triton", "conv+bn_act"):
+        with plan.use(plan.Plan(HALF.device, {HALF.key: plan.Entry(name, microseconds=3.0)})):
+            assert imaginary().candidate.name == name

@@ -392,7 +392,10 @@ class FusedSite(nn.Module):
         plan = _binding.tuning()
         if plan is not None:
             _binding.tune_site(plan, site, x, args, residual)
-        found = (_binding.resolve(site, x.device), site)
+        found = (
+            _binding.resolve(site, x.device, lambda c: c.run(x, args, residual, self.act)),
+            site,
+        )
         keep(self._bindings, key, found)
         kind = (x.dtype, residual is None, x.device.type, x.shape[0] == 1)
         sizes = self._traced.setdefault(kind, {})

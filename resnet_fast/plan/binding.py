@@ -7,16 +7,23 @@ it is the framework's own path.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fast.plan import cache
-from resnet_fast.plan.candidate import CANDIDATES, Candidate, ConvArgs, default_order
+from resnet_fast.plan.candidate import (
+    CANDIDATES,
+    MUST_WIN,
+    Candidate,
+    ConvArgs,
+    default_order,
+)
 from resnet_fast.plan.measure import measure
 from resnet_fast.plan.plan import Entry, Plan
 from resnet_fast.plan.site import Site, device_name, stand_in
@@ -34,6 +41,9 @@ class Binding:
     microseconds: float | None = None
     notes: list[str] = field(default_factory=list)
 
+
+# Runs a candidate on the tensors of the call that is being decided.
+Call = Callable[[Candidate], Tensor]
 
 _state = threading.local()
 # Bindings made under an older generation are stale; bumped when the process's plan changes.
@@ -101,8 +111,32 @@ def verified(site: Site, candidate: Candidate, device: torch.device) -> tuple[bo
     return kept["ok"], kept["error"], kept["limit"]
 
 
-def resolve(site: Site, device: torch.device) -> Binding:
-    """The binding of ``site``: the first candidate of the plan's or default order that holds."""
+def _beaten(
+    name: str, order: Sequence[str], site: Site, device: torch.device, call: Call | None
+) -> tuple[str | None, float | None]:
+    """Why ``name`` gives way to the next of ``order``, or None and the microseconds it took."""
+    if call is None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return f"{name}: not measured here", None
+    following = order[order.index(name) + 1 :]
+    rival = next(
+        other
+        for other in map(CANDIDATES.__getitem__, following)
+        if other.reject(site) is None and (other.name == "aten" or verified(site, other, device)[0])
+    )
+    runs = {c.name: functools.partial(call, c) for c in (CANDIDATES[name], rival)}
+    medians = measure(runs, device)
+    if medians[name] < medians[rival.name]:
+        return None, round(medians[name], 2)
+    times = ", ".join(f"{key} {value:.0f} us" for key, value in medians.items())
+    return f"{name}: slower here ({times})", None
+
+
+def resolve(site: Site, device: torch.device, call: Call | None = None) -> Binding:
+    """The binding of ``site``: the first candidate of the plan's or default order that holds.
+
+    ``call`` runs a candidate on the tensors at hand. The default order's candidates that have to
+    win a measurement (:data:`resnet_fast.plan.candidate.MUST_WIN`) are passed over without it.
+    """
     plan = _process_plan
     entry = plan.entries.get(site.key) if plan is not None else None
     order = default_order(site)
@@ -129,6 +163,11 @@ def resolve(site: Site, device: torch.device) -> Binding:
         ok, error, limit = verified(site, candidate, device)
         if ok and device.type == "meta":
             return Binding(candidate, "ASSUMED", notes=notes)
+        if ok and name in MUST_WIN and (entry is None or entry.candidate != name):
+            beaten, timed = _beaten(name, order, site, device, call)
+            if beaten is not None:
+                notes.append(beaten)
+                continue
         if ok:
             return Binding(candidate, "OK", error, limit, timed, notes)
         mismatch = True

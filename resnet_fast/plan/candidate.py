@@ -367,7 +367,7 @@ def default_order(site: Site) -> tuple[str, ...]:
     convolution takes from half to a fiftieth of the framework's time (ResNet's shapes, 2 Zen 4
     cores); with one spatial dimension it takes up to twice as long, and ``aten`` runs. On CUDA the
     library's convolution with one fused pass behind it can only save launches and bytes; a kernel
-    that replaces the convolution has to win a measurement first (:func:`resnet_fast.plan.tune`).
+    that replaces the convolution moves fewer, and has to win a measurement first (``MUST_WIN``).
     """
     if site.device.startswith("cpu"):
         if site.dtype == "float16" and not conv_bn_act_onednn.has_fp16():
@@ -377,4 +377,17 @@ def default_order(site: Site) -> tuple[str, ...]:
         if _wastes_lanes(site):
             return ("onednn", "direct", "aten")
         return (*_winograd_order(site), "direct", "onednn", "aten")
+    if site.dtype in ("float16", "bfloat16") and _has_tensor_cores(site):
+        return ("triton", "conv+bn_act", "aten")
     return ("conv+bn_act", "aten")
+
+
+# Candidates of the default order that no device is trusted to be faster with: where a site first
+# runs, they are timed there against the next of the order.
+MUST_WIN = frozenset({"triton"})
+
+
+def _has_tensor_cores(site: Site) -> bool:
+    """Whether the site's CUDA device is an Ampere or later: its copies feed a Triton pipeline."""
+    arch = site.device.rpartition(":sm_")[2]
+    return arch.isdecimal() and int(arch) >= 80
