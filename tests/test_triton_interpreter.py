@@ -1,4 +1,4 @@
-"""Runs tests/interpreted/triton_kernels.py in a process where Triton interprets its kernels."""
+"""Runs each file of tests/interpreted in a process where Triton interprets its kernels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ import pytest
 from resnet_fast import kernels
 
 HERE = Path(__file__).parent
+FILES = sorted(f for f in (HERE / "interpreted").glob("*.py") if f.stem != "conftest")
 AVAILABLE, REASON = kernels.available()
 
 
 @pytest.mark.skipif(not AVAILABLE, reason=REASON)
-def test_kernels_match_fp64_under_the_interpreter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_kernels_match_fp64_under_the_interpreter(file: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # An outer run's own options and coverage hooks do not apply to the inner one.
     environment.pop("PYTEST_ADDOPTS", None)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    command += [f"--junitxml={report}", str(HERE / "interpreted" / "triton_kernels.py")]
+    command += [f"--junitxml={report}", str(file)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     suite = ElementTree.parse(report).getroot().find("testsuite")
