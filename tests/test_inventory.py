@@ -79,7 +79,8 @@ def inside(name: str, module: str) -> bool:
 
 
 def test_schemas_are_the_listed_ops_their_backwards_and_parts() -> None:
-    assert set(schemas()) == set(ops.OPS) | set(PRIVATE.values()) | PARTS | set(SHARED)
+    listed = {*ops.OPS, *ops.FUSED}
+    assert set(schemas()) == listed | set(PRIVATE.values()) | PARTS | set(SHARED)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd", "onednn"])
@@ -90,7 +91,7 @@ def test_packing_registrations(algorithm: str) -> None:
         assert f'"_{algorithm}_conv"' in read(f"csrc/cpu/conv_bn_act_{algorithm}.cpp")
 
 
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", [*ops.OPS, *ops.FUSED])
 def test_contract_is_whole(op: str) -> None:
     module = ops.module(op)
     function = getattr(ops, op)
@@ -108,13 +109,15 @@ def test_contract_is_whole(op: str) -> None:
     assert module.reference.__doc__ and module.check.__doc__
 
 
-@pytest.mark.parametrize("op", [*ops.OPS, *PRIVATE.values()])
+@pytest.mark.parametrize("op", [*ops.OPS, *ops.FUSED, *PRIVATE.values()])
 def test_registrations(op: str) -> None:
     name = f"resnet_fast::{op}"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
-    if op in ops.OPS:
+    if op in (*ops.OPS, *ops.FUSED):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd")
+    if op in ops.FUSED:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 
 
 @pytest.mark.parametrize("op", ops.OPS)
@@ -128,6 +131,14 @@ def test_sources(op: str) -> None:
     if op in KERNELS:
         assert f"def launch_{op}(" in read(f"kernels/{op}.py")
         assert f"_{op}_triton" in read(f"resnet_fast/ops/{op}_triton.py")
+
+
+@pytest.mark.parametrize("op", ops.FUSED)
+def test_sources_of_several_layers(op: str) -> None:
+    assert (PACKAGE / "ops" / f"{op}.py").is_file()
+    assert f"def launch_{op}(" in read(f"kernels/{op}.py")
+    assert f"launch_{op}" in read(f"tests/interpreted/{op}.py")
+    assert f'"{op}/' in read("tests/data/triton_resources.json")
 
 
 def test_no_source_without_an_op() -> None:

@@ -14,6 +14,7 @@ from resnet_fast.ops.add_act import add_act  # noqa: E402
 from resnet_fast.ops.bn_act import bn_act  # noqa: E402
 from resnet_fast.ops.bn_act_train import bn_act_train  # noqa: E402
 from resnet_fast.ops.conv_bn_act import conv_bn_act  # noqa: E402
+from resnet_fast.ops.stem_pool import stem_pool  # noqa: E402
 
 # The Triton registrations, where torch brings Triton: a saved graph may call them by name.
 from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
@@ -23,8 +24,19 @@ from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
 )
 
 OPS = ("conv_bn_act", "bn_act", "add_act", "bn_act_train")
+# Ops that stand for several layers: a kernel of their own on CUDA, elsewhere the layers' ops.
+FUSED = ("stem_pool",)
 
-__all__ = ["OPS", "add_act", "bn_act", "bn_act_train", "conv_bn_act", "module"]
+__all__ = [
+    "FUSED",
+    "OPS",
+    "add_act",
+    "bn_act",
+    "bn_act_train",
+    "conv_bn_act",
+    "module",
+    "stem_pool",
+]
 
 
 def module(op: str) -> ModuleType:

@@ -38,7 +38,8 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
             return overload(*arguments)
 
     def cuda(*arguments: Any) -> Any:
-        if not kernels.available()[0] or arguments[0].dtype is torch.float64:
+        wide = any(isinstance(v, Tensor) and v.dtype is torch.float64 for v in arguments)
+        if wide or not kernels.available()[0]:
             return layers(*arguments)
         return launched(op, launch, *arguments)
 
