@@ -84,10 +84,13 @@ def test_activations(act: str) -> None:
     _expect(ops.stem_pool(**arguments), arguments)
 
 
+@pytest.mark.parametrize("image", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_raw_images(dtype: torch.dtype) -> None:
-    """As if normalised first: what is padded is zero, not the shift."""
+def test_raw_images(dtype: torch.dtype, image: torch.dtype) -> None:
+    """As if normalised first, and rounded after it: what is padded is zero, not the shift."""
     arguments = _arguments((2, 3, 12, 11), dtype, torch.uint8)
+    if image is torch.float32:
+        arguments["x"] = arguments["x"] + torch.rand(2, 3, 12, 11)
     y = ops.stem_pool(**arguments)
     assert y.dtype is dtype
     _expect(y, arguments)
@@ -156,6 +159,11 @@ def _some(layout: str = "", grad: bool = False) -> tuple[Any, ...]:
 def test_opcheck(layout: str, grad: bool) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(OP, _some(layout, grad), test_utils=checks)
+
+
+def test_opcheck_of_raw_images() -> None:
+    arguments = _arguments((2, 3, 13, 11), torch.float16, torch.uint8)
+    torch.library.opcheck(OP, tuple(arguments.values()), test_utils=["test_faketensor"])
 
 
 @pytest.mark.parametrize("grad", [False, True])

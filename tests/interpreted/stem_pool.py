@@ -137,6 +137,8 @@ def test_image_dtypes(dtype: torch.dtype, image: torch.dtype) -> None:
 def test_normalisation_leaves_the_padding_zero(channels: int, layout: str) -> None:
     args = _arguments((1, channels, 10, 7), 10, torch.float16, layout, torch.uint8)
     _assert_budget(stem_pool.launch_stem_pool(*args), args)
+    between = (args[0] + torch.rand(args[0].shape), *args[1:])
+    _assert_budget(stem_pool.launch_stem_pool(*between), between)
     for vectors in ((args[4], None), (None, args[5])):
         part = (*args[:4], *vectors, args[6])
         _assert_budget(stem_pool.launch_stem_pool(*part), part)
