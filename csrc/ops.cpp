@@ -32,4 +32,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_bn_act_train_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? "
       "residual, Tensor mean, Tensor rstd, str act) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "stem_pool(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? input_scale, "
+      "Tensor? input_shift, str act) -> Tensor");
 }

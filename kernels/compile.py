@@ -27,14 +27,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import add_act, bn_act, conv_bn_act, residual_chain
+from . import add_act, bn_act, conv_bn_act, residual_chain, stem_pool
 
 ARCHITECTURES = (80, 90, 100)
 
 # PTX opcode of each generation's matrix instruction, newest first.
 _MATRIX = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned"}
 
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+}
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _INT32_MAX = 2**31 - 1
 
@@ -149,7 +154,8 @@ def _chains() -> list[Variant]:
 def variants() -> list[Variant]:
     """Every kernel x config x dtype, with the whole epilogue, on ResNet-50's shapes.
 
-    Kernels of one layer with 32-bit and with 64-bit offsets: a graph for any batch runs the latter.
+    Those of single layers with 32-bit and with 64-bit offsets: a graph for any batch runs the
+    latter.
     """
     found: list[Variant] = []
 
@@ -185,7 +191,29 @@ def variants() -> list[Variant]:
             add(f"add_act/{name}", add_act.launch_add_act, x, x, "gelu", config=flat)
             backward = add_act.launch_add_act_backward
             add(f"add_act_backward/{name}", backward, x, x, x, "gelu", config=flat)
-    return found + _chains()
+    return found + _chains() + _stems()
+
+
+def _stems() -> list[Variant]:
+    """The stem on images in both layouts, and on raw ones of three channels and of four."""
+    found: list[Variant] = []
+    for dtype, label in (*_NAMES.items(), (torch.float32, "tf32")):
+        tf32 = label == "tf32"
+        images = {
+            "nhwc": _meta(32, 3, 224, 224, dtype=dtype, last=True),
+            "nchw": _meta(32, 3, 224, 224, dtype=dtype),
+            "uint8": _meta(32, 3, 224, 224, dtype=torch.uint8, last=True),
+            "uint8x4": _meta(32, 4, 224, 224, dtype=torch.uint8, last=True),
+        }
+        for site, x in images.items():
+            c = x.shape[1]
+            vectors = [_meta(c), _meta(c)] if x.dtype == torch.uint8 else [None, None]
+            args = (x, _meta(64, c, 7, 7, dtype=dtype), _meta(64), _meta(64), *vectors, "relu")
+            for config in stem_pool.configs(dtype, tf32):
+                name = f"stem_pool/{site}/{config.name}/{label}"
+                options = {"config": config, "allow_tf32": tf32}
+                found.append(Variant(name, stem_pool.launch_stem_pool, args, options))
+    return found
 
 
 class Recorder:

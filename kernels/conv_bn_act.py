@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from .launch import (
     needs_int64,
     output_format,
 )
-from .product import dot
+from .product import allow_tf32_of_convolutions, dot
 
 # Above this many taps the loops over t, r and s stay loops: unrolled, a 31x31 filter would
 # take minutes to compile. 49 keeps the 7x7 stem and every 3x3x3 unrolled. fp32 without tf32 has no
@@ -499,15 +499,6 @@ def gemm_kernel(
     )  # fmt: skip
 
 
-def _allow_tf32() -> bool:
-    try:
-        return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:
-        # torch refuses the old flag once the per-operator one was set.
-        cudnn: Any = torch.backends.cudnn
-        return bool(cudnn.conv.fp32_precision == "tf32")
-
-
 def _volume(t: torch.Tensor) -> torch.Tensor:
     """Views [N, C, *spatial] as [N, C, D, H, W] without a copy."""
     while t.ndim < 5:
@@ -617,7 +608,9 @@ def launch_conv_bn_act(
         config = choose_config(x.dtype, hint(m), cg, kg, taps[2], n_taps)
     if config.packed and taps[2] * cg > config.block_c:
         raise ValueError(f"config: {config.name} packs {config.block_c}, got {taps[2] * cg}")
-    tf32 = x.dtype == torch.float32 and (_allow_tf32() if allow_tf32 is None else allow_tf32)
+    tf32 = x.dtype == torch.float32 and (
+        allow_tf32_of_convolutions() if allow_tf32 is None else allow_tf32
+    )
     sx, sw, sy = x5.stride(), w5.stride(), y5.stride()
     # How far padding and taps lead out of x, in elements; a dimension that repeats one element
     # (stride 0) still counts pixels.

@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activation_code
-from .conv_bn_act import _allow_tf32
 from .launch import INTERPRET, Wrap, check_input, check_shape, check_tensor, device_of, direct, hint
-from .product import dot
+from .product import allow_tf32_of_convolutions, dot
 
 
 # acc[pixels, filters] += conv3x3 of x at output pixels (n, p, q): padding 1, x [N, H, W, C] and
@@ -260,7 +259,7 @@ def slices_of(pixels: int, steps: int, config: Config) -> int:
 def runs(x: torch.Tensor) -> bool:
     """Whether the kernels are for x: without tf32 an fp32 product has no matrix instruction."""
     return x.dtype in (torch.float16, torch.bfloat16) or (
-        x.dtype == torch.float32 and _allow_tf32()
+        x.dtype == torch.float32 and allow_tf32_of_convolutions()
     )
 
 
@@ -594,7 +593,9 @@ def launch_residual_chain(
         return y, h
     if type(m) is int and m >= 1 << 31:
         raise ValueError(f"x: expected fewer than 2^31 output pixels, got {m}")
-    tf32 = x.dtype == torch.float32 and (_allow_tf32() if allow_tf32 is None else allow_tf32)
+    tf32 = x.dtype == torch.float32 and (
+        allow_tf32_of_convolutions() if allow_tf32 is None else allow_tf32
+    )
     if x.dtype == torch.float32 and not (tf32 or INTERPRET):
         raise TypeError("x: expected float16, bfloat16, or float32 where tf32 is allowed")
     if config is None:

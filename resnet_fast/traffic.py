@@ -22,6 +22,7 @@ from resnet_fast.errors import ArgumentError, LibraryError
 from resnet_fast.ops._work import Work, nbytes
 from resnet_fast.plan import devices, model_rows, traffic
 from resnet_fast.plan.devices import Device
+from resnet_fast.plan.plan import GROUPS
 from resnet_fast.plan.reasons import REASONS
 from resnet_fast.plan.traffic import Launch
 
@@ -185,9 +186,14 @@ def _planned(question: Question, plan: str) -> Way:
     with traffic.planned(plan, question.device):
         launches = traffic.account(model, _images(question))
         rows = model_rows(model)
-    sites = Counter((row["candidate"], row["reason"]) for row in rows)
-    notes = [
-        f"{number} sites by {candidate or 'nothing'}: {REASONS[reason]}"
+    # Sites of layers that a kernel of several took in have not run.
+    inside = sum(row["reason"] == "NOT_RUN" for row in rows)
+    groups = sum(launch.op.rpartition("::")[2] in GROUPS for launch in launches)
+    ran = [row for row in rows if row["reason"] != "NOT_RUN"]
+    sites = Counter((row["candidate"], row["reason"]) for row in ran)
+    notes = [f"{inside} sites within {groups} kernels of several layers"] if groups else []
+    notes += [
+        f"{number} sites by {candidate}: {REASONS[reason]}"
         for (candidate, reason), number in sites.most_common()
     ]
     notes += dict.fromkeys(row["notes"] for row in rows if row["notes"])

@@ -1,4 +1,4 @@
-"""Runs the files of tests/interpreted in processes where Triton interprets its kernels."""
+"""Runs each file of tests/interpreted in a process where Triton interprets its kernels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import pytest
 from resnet_fast import kernels
 
 HERE = Path(__file__).parent
+FILES = sorted(f for f in (HERE / "interpreted").glob("*.py") if f.stem != "conftest")
 AVAILABLE, REASON = kernels.available()
-
-
-FILES = sorted((HERE / "interpreted").glob("*.py"))
 
 
 @pytest.mark.skipif(not AVAILABLE, reason=REASON)

@@ -129,15 +129,12 @@ class ResNet(Sequenced):
         check_images(x, self.conv1)
         site = stem_site(self.relu)
         x = to_planned_layout(x, self, site, self.bn1)
+        if not torch.compiler.is_compiling() and self.chains is not None and may_chain(x):
+            x = self.chains.stems.forward(x, self.conv1, self.bn1, self.relu, self.maxpool)
+            stages = ("layer1", "layer2", "layer3", "layer4")
+            return self.chains.forward([getattr(self, stage) for stage in stages], stages, x)
         x = conv_bn_relu(site, x, self.conv1, self.bn1, self.relu)
         x = max_pool(self.maxpool, x)
-
-        if not torch.compiler.is_compiling() and self.chains is not None and may_chain(x):
-            return self.chains.forward(
-                (self.layer1, self.layer2, self.layer3, self.layer4),
-                ("layer1", "layer2", "layer3", "layer4"),
-                x,
-            )
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

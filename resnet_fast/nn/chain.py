@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import _library
+from resnet_fast import _library, ops
 from resnet_fast.nn.blocks import BasicBlock, Bottleneck
-from resnet_fast.nn.prepared import Prepared, is_autocasting, is_transforming, keep
+from resnet_fast.nn.guarded import guard_of, is_capturing, is_regular
+from resnet_fast.nn.prepared import is_autocasting, is_transforming, keep
 from resnet_fast.nn.sequence import Structure, global_hooks
 from resnet_fast.nn.site import FusedSite
+from resnet_fast.nn.stem import Stems
 from resnet_fast.ops import _pack
-from resnet_fast.ops import residual_chain as _op  # noqa: F401  defines the op that is called
 from resnet_fast.plan import binding as _binding
 from resnet_fast.plan.chain import (
     MAX_CONV2,
@@ -43,18 +44,11 @@ from resnet_fast.plan.site import Site, device_name, dtype_name
 # From a block's input and its inner activation to its output, and the first convolution's output of
 # the block behind, None where that is yet to be computed.
 _Rest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
-_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def runs_on(x: Tensor) -> bool:
     """Whether the device of ``x`` has the chain's kernel for its dtype."""
-    return device_name(x.device).startswith("cuda") and _op_runs(x)
-
-
-def _op_runs(x: Tensor) -> bool:
-    from resnet_fast import ops
-
-    return ops.module("residual_chain").runs(x)
+    return device_name(x.device).startswith("cuda") and ops.module(NAME).runs(x)
 
 
 def may_run(x: Any) -> bool:
@@ -85,7 +79,7 @@ class _Block:
         self.conv2 = _pair(block, 2) if not self.bottleneck or self._joins() else None
         self.conv3 = _pair(block, 3) if self.bottleneck else None
         self.following = None
-        if self.bottleneck and behind is not None and behind.conv1.out_channels <= MAX_NEXT:
+        if type(behind) is Bottleneck and self.bottleneck and behind.conv1.out_channels <= MAX_NEXT:
             self.following = _pair(behind, 1)
         self.behind = behind
 
@@ -186,24 +180,7 @@ class Chained:
             for path, stage in zip(paths, stages, strict=True)
             for i in range(len(stage))  # type: ignore[arg-type]
         ]
-        native = _library.native()
-        assert native is not None
-        self._guard = native.Guard()
-        structure = Structure.below(*stages)
-        structure.watch(self._guard)
-        for stage, module in ((s, m) for s in stages for m in s.modules()):
-            del stage
-            if isinstance(module, nn.BatchNorm2d):
-                self._guard.same(module.__dict__, "training", False)
-                self._guard.same(module.__dict__, "eps", module.__dict__["eps"])
-            if isinstance(module, nn.Conv2d):
-                for name in _GEOMETRY:
-                    self._guard.same(module.__dict__, name, module.__dict__[name])
-            for where in (module._parameters, module._buffers):
-                for name, tensor in where.items():
-                    self._guard.same(where, name, tensor)
-                    if tensor is not None and name != "num_batches_tracked":
-                        self._guard.tensor(tensor)
+        self._guard = guard_of(*stages)
         self._rests: list[_Rest] = []
         self.lines: list[str] = []
 
@@ -254,18 +231,24 @@ def _form(block: _Block, choice: Choice) -> str:
 
 
 class Chains:
-    """The chained stages of one network, by kind of input. Copies and pickles start empty."""
+    """The chained stages of one network, by kind of input. Copies and pickles start empty.
+
+    Attributes:
+        stems: the same for what is before them.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[Any, Chained | None] = {}
+        self._known: dict[Any, Chained] = {}
+        self.stems = Stems()
 
     def __reduce__(self) -> tuple[type[Chains], tuple[()]]:
         return Chains, ()
 
     def lines(self) -> Iterator[str]:
         """What was chosen, for ``explain()``."""
+        yield from self.stems.lines()
         for key, chained in list(self._known.items()):
-            if chained is not None and chained.holds():
+            if chained.holds():
                 size = "x".join(map(str, key[1]))
                 for line in chained.lines:
                     yield f"{line} (batch {key[0]}, {size})"
@@ -276,7 +259,7 @@ class Chains:
         key = (1 << (x.shape[0] - 1).bit_length(), tuple(x.shape[1:]), x.dtype, x.device)
         found = self._known.get(key)
         if found is None or not found.holds():
-            found = None if _is_capturing(x) else self._build(stages, paths)
+            found = None if is_capturing(x) else self._build(stages, paths)
             if found is None:
                 return _by_layers(stages, x)
             keep(self._known, key, found)
@@ -293,11 +276,6 @@ def _by_layers(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
     for stage in stages:
         x = stage(x)
     return x
-
-
-def _is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be timed."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_chainable(stage: nn.Module) -> bool:
@@ -322,19 +300,7 @@ def _is_regular(block: Any) -> bool:
         pairs.append((down[0], down[1]))
     pointwise = [pairs[0], pairs[2]] if type(block) is Bottleneck else []
     for conv, norm in pairs:
-        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
-            return False
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or norm.training:
-            return False
-        if norm.running_mean is None or norm.running_var is None:
-            return False
-        if conv.weight.dtype is not norm.running_mean.dtype:
-            return False
-        args = FusedSite.args(conv, norm)
-        # Computed at each look, or without a version to compare.
-        if not Prepared.held(conv, norm, args.tensors):
-            return False
-        if any(t is not None and t.is_inference() for t in args.tensors):
+        if not is_regular(conv, norm):
             return False
     for conv, _ in pointwise:
         if (conv.kernel_size, conv.stride, conv.padding) != ((1, 1), (1, 1), (0, 0)):

@@ -15,6 +15,7 @@ from resnet_fast.ops.bn_act import bn_act  # noqa: E402
 from resnet_fast.ops.bn_act_train import bn_act_train  # noqa: E402
 from resnet_fast.ops.conv_bn_act import conv_bn_act  # noqa: E402
 from resnet_fast.ops.residual_chain import residual_chain  # noqa: E402
+from resnet_fast.ops.stem_pool import stem_pool  # noqa: E402
 
 # The Triton registrations, where torch brings Triton: a saved graph may call them by name.
 from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
@@ -24,8 +25,8 @@ from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
 )
 
 OPS = ("conv_bn_act", "bn_act", "add_act", "bn_act_train")
-# Ops that stand for several layers: made of the others wherever they have no kernel.
-FUSED = ("residual_chain",)
+# Ops that stand for several layers: a kernel of their own on CUDA, elsewhere the layers' ops.
+FUSED = ("residual_chain", "stem_pool")
 
 __all__ = [
     "FUSED",
@@ -36,6 +37,7 @@ __all__ = [
     "conv_bn_act",
     "module",
     "residual_chain",
+    "stem_pool",
 ]
 
 

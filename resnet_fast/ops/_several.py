@@ -18,12 +18,16 @@ def _room(name: str) -> Any:
     return importlib.import_module(f"{kernels.__name__}.{name}")
 
 
-def has_kernel(op: str, x: Tensor) -> bool:
-    """Whether kernels/<op>.py is there and takes the dtype of ``x``, by its ``runs``."""
-    if not kernels.available()[0] or x.dtype is torch.float64:
+def has_kernel(op: str, *arguments: Any) -> bool:
+    """Whether kernels/<op>.py is there and takes the dtypes of the arguments, the first a tensor.
+
+    No kernel takes fp64. What else a module refuses, its ``runs`` says.
+    """
+    wide = any(isinstance(v, Tensor) and v.dtype is torch.float64 for v in arguments)
+    if wide or not kernels.available()[0]:
         return False
     runs = getattr(_room(op), "runs", None)
-    return runs is None or bool(runs(x))
+    return runs is None or bool(runs(arguments[0]))
 
 
 def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], launch: str) -> bool:
@@ -50,7 +54,7 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
             return overload(*arguments)
 
     def cuda(*arguments: Any) -> Any:
-        if has_kernel(op, arguments[0]):
+        if has_kernel(op, *arguments):
             return launched(op, launch, *arguments)
         return layers(*arguments)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fast.ops import _pack
 from resnet_fast.plan.candidate import ConvArgs, run_aten
 from resnet_fast.plan.site import Site
-from resnet_fast.plan.verify import random_inputs
+from resnet_fast.plan.verify import in_fp64, random_inputs
 from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 
 #: The kernel's name in plans and in ``explain()``.
@@ -115,7 +115,7 @@ def verify_chain(site: ChainSite, device: torch.device, act: str = "relu") -> Ve
         inputs = random_inputs(shortcut, device, draw=1)
         residual = inputs[0] if site.down is not None else inputs[2]
         assert residual is not None
-        wide = ChainArgs(*(None if a is None else _double(a) for a in args))
+        wide = ChainArgs(*(None if a is None else in_fp64(a) for a in args))
         truth = run_layers(x.double(), residual.double(), wide, act)
         given = in_formats(lambda a, b: run_layers(a, b, args, act), x, residual)
         try:
@@ -132,7 +132,3 @@ def verify_chain(site: ChainSite, device: torch.device, act: str = "relu") -> Ve
 
 def _roles(site: ChainSite) -> list[Site | None]:
     return [getattr(site, f.name) for f in fields(site)]
-
-
-def _double(args: ConvArgs) -> ConvArgs:
-    return ConvArgs._make(t.double() if isinstance(t, Tensor) else t for t in args)

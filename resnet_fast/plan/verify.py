@@ -106,11 +106,17 @@ def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verd
         return max(verdicts, key=lambda verdict: verdict.error / (verdict.limit or 1.0))
 
 
+def in_fp64(args: ConvArgs) -> ConvArgs:
+    """The same numbers, in fp64."""
+    return ConvArgs._make(t.double() if isinstance(t, Tensor) else t for t in args)
+
+
 def _compare(
     site: Site, candidate: Candidate, x: Tensor, args: ConvArgs, residual: Tensor | None
 ) -> Verdict:
-    wide = ConvArgs._make(t.double() if isinstance(t, Tensor) else t for t in args)
-    truth = run_aten(x.double(), wide, None if residual is None else residual.double(), site.act)
+    truth = run_aten(
+        x.double(), in_fp64(args), None if residual is None else residual.double(), site.act
+    )
     frameworks = in_formats(lambda a, b: run_aten(a, args, b, site.act), x, residual)
     try:
         ours = candidate.run(x, args, residual, site.act)

