@@ -296,12 +296,47 @@ def test_stages_and_paths() -> None:
 @needs_triton
 def test_a_plan_decides_what_is_counted() -> None:
     default, layers = counted("resnet18", plan="default"), counted("resnet18")
-    assert activations(default.plan.launches) > 1.2 * activations(layers.plan.launches)
+    assert activations(default.plan.launches) < 0.65 * activations(layers.plan.launches)
     assert [way.name for way in default.yardsticks] == ["eager", "layers", "minimum"]
     assert ways(default)["layers"] == layers.plan.launches
-    assert "20 sites by conv+bn_act" in default.plan.notes[0]
+    # The stem's, and two in each block with a projection.
+    assert default.plan.notes[0] == "7 sites within 4 kernels of several layers"
+    assert "13 sites by triton" in default.plan.notes[1]
     assert "20 sites by triton" in layers.plan.notes[0]
-    assert "taken as verified" in default.plan.notes[0]
+    assert "taken as verified" in default.plan.notes[1]
+
+
+@needs_triton
+def test_residual_chains_move_what_their_formula_says() -> None:
+    """ResNet-50 in planes of a stage's mid-channels, counted by hand from the forms of its chains."""
+    default = counted("resnet50", batch=4, plan="default")
+    assert default.totals(default.plan.launches)["launches"] == 32
+    # conv1 of the first block, then chains: h1, the shortcut, y, and the next h1.
+    planes = {
+        (64, 56): 2 + (1 + 1 + 4 + 1) + (1 + 4 + 4 + 1) + (1 + 4 + 4 + 2),
+        (128, 28): (4 + 2 + 4 + 1) + 2 * (1 + 4 + 4 + 1) + (1 + 4 + 4 + 2),
+        # conv2 of 256 channels by itself; 512 channels next are no chain's.
+        (256, 14): (4 + 1) + (1 + 2 + 4 + 1) + 4 * (2 + 1 + 4 + 4 + 1) + (2 + 1 + 4 + 4),
+        (512, 7): (8 + 4) + (4 + 1) + (1 + 2 + 4) + 2 * (4 + 1 + 2 + 1 + 4 + 4),
+    }
+    stem = 3 * 224 * 224 + 64 * 56 * 56
+    # Pooled, then the classifier: its input and logits.
+    head = 2048 * 7 * 7 + 2 * 2048 + 1000
+    elements = stem + head + sum(n * m * size * size for (m, size), n in planes.items())
+    assert activations(default.plan.launches, 4) == 2 * elements
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("model", "most", "share"),
+    [("resnet50", 32.0, 0.57), ("resnet101", 53.0, 0.63), ("resnet152", 77.0, 0.65)],
+)
+def test_the_default_plan_on_an_h100(model: str, most: float, share: float) -> None:
+    """Megabytes an image at batch 128, and their share of layer-wise kernels'."""
+    told = counted(model, batch=128, plan="default")
+    found = told.totals(told.plan.launches)["mb_per_image"]
+    layers = told.totals(ways(told)["layers"])["mb_per_image"]
+    assert found <= most and found <= share * layers
 
 
 @needs_triton
