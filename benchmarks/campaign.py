@@ -2,9 +2,11 @@
 
     python -m benchmarks.campaign --minutes 9 --out DIR [--dry]
 
-Builds in place, runs the GPU tests, then benches network by network. Each step is a subprocess
-with a time limit of its own; DIR/campaign.json is rewritten after each, and each bench step saves
-after each batch size, so that an end at any moment keeps what was measured. Needs no network.
+Builds in place, verifies and times the residual chains one by one, benches ResNet-50 in fp16, runs
+the GPU tests, then benches network by network. Each step is a subprocess with a time limit of its
+own: nothing of the package is imported here, where it may not be built yet. DIR/campaign.json is
+rewritten after each, and each bench step saves after each batch size, so that an end at any moment
+keeps what was measured. Needs no network.
 ``--dry`` walks the same steps on the CPU with tiny settings.
 """
 
@@ -15,6 +17,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +32,7 @@ RESERVE_SECONDS = 5.0
 MINIMUM_SECONDS = 8.0
 
 OURS = ("resnet_fast", "resnet_fast_tuned", "resnet_fast_graph")
+LAYERS = "resnet_fast_layers"
 QUICK_PEERS = ("eager", "eager_nhwc", "eager_graph", "cudnn_fused")
 
 
@@ -61,8 +65,8 @@ class Rows:
 # networks and dtypes, each beside torch.compile; its slow mode; the batch sizes between.
 BESIDE_COMPILE = (*OURS, *QUICK_PEERS, "compile")
 ROWS = (
-    Rows("resnet50", "fp16", (128,), BESIDE_COMPILE, 90),
-    Rows("resnet50", "fp16", (1,), BESIDE_COMPILE, 75),
+    Rows("resnet50", "fp16", (128,), (*BESIDE_COMPILE, LAYERS), 150),
+    Rows("resnet50", "fp16", (1,), (*BESIDE_COMPILE, LAYERS), 120),
     Rows("resnet50", "bf16", (128, 1), BESIDE_COMPILE, 120),
     Rows("resnet18", "fp16", (128, 1), BESIDE_COMPILE, 90),
     Rows("resnet50", "fp32", (128, 1), BESIDE_COMPILE, 120),
@@ -93,6 +97,36 @@ def gpu_tests() -> list[str]:
     return [f"tests/{file.name}" for file in files if marked.search(file.read_text())]
 
 
+def chain_steps(out: Path, dry: bool) -> list[Step]:
+    """The residual chains one by one: what every other figure follows from."""
+    command = (sys.executable, "-m", "benchmarks.chains", "--out")
+    if dry:
+        tiny = ("--batch", "1", "--size", "32", "--dtype", "fp32", "--device", "cpu", "--reps", "1")
+        return [Step("chains", (*command, str(out / "chains.json"), *tiny), 90)]
+    return [
+        Step("chains", (*command, str(out / "chains.json"), "--warm"), 150),
+        Step("chains b1", (*command, str(out / "chains_b1.json"), "--batch", "1"), 60),
+    ]
+
+
+def watched_steps(out: Path) -> list[Step]:
+    """The chains under the sanitizer, and their bytes by the hardware's counters."""
+    once = (sys.executable, "-m", "benchmarks.chains", "--once", "--batch")
+    order: list[Step] = []
+    profiler, sanitizer = shutil.which("ncu"), shutil.which("compute-sanitizer")
+    if profiler is not None:
+        metrics = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+        counted = (profiler, "--csv", "--metrics", metrics, "--kernel-name", "chain_kernel")
+        log = ("--log-file", str(out / "chains_ncu.csv"))
+        order.append(Step("chains under ncu", (*counted, *log, *once, "128"), 90))
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        if sanitizer is not None:
+            watch = (sanitizer, "--tool", tool, "--error-exitcode", "9")
+            tiny = ("1", "--size", "64")
+            order.append(Step(f"chains under {tool}", (*watch, *once, *tiny), 120))
+    return order
+
+
 def steps(out: Path, dry: bool) -> list[Step]:
     """The campaign's steps in order."""
     python = sys.executable
@@ -104,8 +138,22 @@ def steps(out: Path, dry: bool) -> list[Step]:
         )
     else:
         order.append(Step("build", (python, "-m", "benchmarks.campaign", "--build"), 180))
-        tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", *gpu_tests())
-        order.append(Step("tests", tests, 120, {"RESNET_FAST_REQUIRE_GPU": "1"}))
+    order += chain_steps(out, dry)
+    rows = rows_steps(out, dry)
+    if dry:
+        return order + rows
+    # The chains are verified as they are measured, and their kernels are compiled by then. The
+    # contract of every kernel takes minutes of compiling: it comes behind the headline, and no
+    # result is published before it is green (render_readme).
+    tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", *gpu_tests())
+    contract = Step("tests", tests, 240, {"RESNET_FAST_REQUIRE_GPU": "1"})
+    return [*order, *rows[:2], contract, *watched_steps(out), *rows[2:]]
+
+
+def rows_steps(out: Path, dry: bool) -> list[Step]:
+    """A step for each of the bench's orders."""
+    python = sys.executable
+    order: list[Step] = []
     for index, rows in enumerate(DRY_ROWS if dry else ROWS):
         path = out / f"rows_{index:02d}.json"
         name = f"{rows.model} {rows.dtype} b{','.join(map(str, rows.batches))} #{index}"
@@ -206,7 +254,7 @@ def campaign(minutes: float, out: Path, dry: bool) -> int:
     """Run every step that the time allows; return 0 when those that ran succeeded."""
     end = time.monotonic() + minutes * 60
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("rows_*.json"):
+    for old in (*out.glob("rows_*.json"), *out.glob("chains*.json")):
         old.unlink()
     done: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -246,6 +294,7 @@ def collect(out: Path, done: Sequence[dict[str, Any]], dry: bool) -> dict[str, A
         "environment": environment,
         "steps": list(done),
         "rows": rows,
+        "chains": [json.loads(path.read_text()) for path in sorted(out.glob("chains*.json"))],
     }
 
 
@@ -269,6 +318,38 @@ def table(result: dict[str, Any]) -> str:
             f"{network:<22} {row['engine']:<18} {row['median_ms']:>9.3f} "
             f"{row['images_per_second']:>9.0f} {ratio:>8} {row['error']:>8.1e}"
             + ("" if row["within_budget"] else " outside the budget")
+        )
+    for measured in result.get("chains", ()):
+        question = f"{measured['model']} {measured['dtype']} b{measured['batch']}"
+        lines += ["", f"residual chains of {question}", chain_table(measured["chains"])]
+    return "\n".join(lines)
+
+
+def chain_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of benchmarks.chains as text, one chain a line, the best of its layers beside it."""
+    lines = [
+        f"{'chain':<10} {'error':>8} {'of':>8} {'MB':>8} {'us':>9} {'GB/s':>6} {'TFLOP/s':>7} "
+        f"{'of roof':>7} {'best config':<22} {'us':>8} {'best layers':<20} {'us':>8} {'ratio':>6}"
+    ]
+    for row in rows:
+        megabytes = row["bytes"] / 1e6
+        start = f"{row['name']:<10} {row['error']:>8.1e} {row['limit']:>8.1e} {megabytes:>8.1f}"
+        if not row["ok"]:
+            lines.append(f"{start} MISMATCH: not timed")
+            continue
+        us = {name: entry["median"] for name, entry in row["us"].items()}
+        chain = us.get("chain", float("nan"))
+        configs = {k.removeprefix("chain "): v for k, v in us.items() if k.startswith("chain ")}
+        layers = {k.removeprefix("layers "): v for k, v in us.items() if k.startswith("layers ")}
+        best = min(configs, key=configs.__getitem__, default="-")
+        rival = min(layers, key=layers.__getitem__, default="-")
+        roof = f"{row['roofline_us'] / chain:>7.0%}" if "roofline_us" in row else f"{'-':>7}"
+        other = layers.get(rival, float("nan"))
+        fastest = configs.get(best, float("nan"))
+        lines.append(
+            f"{start} {chain:>9.1f} {row['bytes'] / chain / 1e3:>6.0f} "
+            f"{row['flops'] / chain / 1e6:>7.1f} {roof} {best:<22} "
+            f"{fastest:>8.1f} {rival:<20} {other:>8.1f} {other / chain:>6.2f}"
         )
     return "\n".join(lines)
 

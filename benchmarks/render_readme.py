@@ -22,6 +22,7 @@ TITLES = {
     "resnet_fast": "resnet_fast",
     "resnet_fast_tuned": "resnet_fast, tuned",
     "resnet_fast_graph": "resnet_fast, CUDA graph",
+    "resnet_fast_layers": "resnet_fast, layer by layer",
     "eager": "torchvision eager NCHW",
     "eager_nhwc": "eager NHWC",
     "eager_graph": "eager NHWC, CUDA graph",

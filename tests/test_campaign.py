@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import campaign, render_readme
+from benchmarks import campaign, chains, render_readme
+from resnet_fast.testing.budget import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,13 +22,52 @@ def test_dry_campaign(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((tmp_path / "campaign.json").read_text())
-    assert [step["status"] for step in result["steps"]] == ["ok"] * 4
+    assert [step["status"] for step in result["steps"]] == ["ok"] * 5
     assert result["dry"] and result["tests"] == "ok"
     assert {row["engine"] for row in result["rows"]} >= {"resnet_fast", "eager"}
     assert {row["batch"] for row in result["rows"]} == {1, 2}
     unavailable = [row for row in result["rows"] if row["engine"] == "cudnn_fused"]
     assert unavailable[0]["reason"] == "runs on CUDA only"
-    assert "resnet18 fp32 b1" in (tmp_path / "table.txt").read_text()
+    (measured,) = result["chains"]
+    assert len(measured["chains"]) == 9 and all(row["ok"] for row in measured["chains"])
+    told = (tmp_path / "table.txt").read_text()
+    assert "resnet18 fp32 b1" in told and "residual chains of resnet50 fp32 b1" in told
+
+
+def test_chains_come_before_the_rows_and_the_contract_soon_after() -> None:
+    names = [step.name for step in campaign.steps(Path("out"), dry=False)]
+    assert names[:3] == ["build", "chains", "chains b1"]
+    assert names.index("tests") == 5, "behind the headline, before all that it lets publish"
+    assert names[3].startswith("resnet50 fp16 b128")
+
+
+def test_what_is_watched_is_there_only_with_its_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaign.shutil, "which", lambda name: None)
+    assert campaign.watched_steps(tmp_path) == []
+    monkeypatch.setattr(campaign.shutil, "which", lambda name: f"/bin/{name}")
+    named = {
+        step.name.rpartition(" ")[2]: step.command for step in campaign.watched_steps(tmp_path)
+    }
+    assert set(named) == {"ncu", "memcheck", "racecheck", "synccheck"}
+    assert all("benchmarks.chains" in command for command in named.values())
+
+
+def test_each_chain_runs_once_to_be_watched(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--once", "--batch", "1", "--size", "32", "--dtype", "fp32", "--device", "cpu"]
+    assert chains.main(arguments) == 0
+    assert capsys.readouterr().out.count("bytes read") == 9
+
+
+def test_a_wrong_chain_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chains, "verify_chain", lambda site, device: Verdict(False, 1.0, 0.1))
+    monkeypatch.setattr(chains, "interleaved", lambda *a: pytest.fail("timed"))
+    arguments = ["--batch", "1", "--size", "32", "--dtype", "fp32", "--device", "cpu"]
+    assert chains.main(arguments) == 1
+    assert capsys.readouterr().out.count("MISMATCH: not timed") == 9
 
 
 def test_time_is_kept_and_partial_results_saved(

@@ -156,7 +156,7 @@ def test_a_wrong_chain_is_rolled_back(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_a_chain_that_raises_or_is_wrong_in_one_result_is_a_mismatch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    block = chain_module._Block(Bottleneck(64, 16).eval(), Bottleneck(64, 16).eval())
+    block = chain_module.ChainBlock(Bottleneck(64, 16).eval(), Bottleneck(64, 16).eval())
     x = torch.randn(2, 64, 8, 8)
     site = block.site(torch.randn(2, 16, 8, 8), x)
     assert place.verify_chain(site, torch.device("cpu")).ok

@@ -308,7 +308,7 @@ def test_a_plan_decides_what_is_counted() -> None:
 
 @needs_triton
 def test_residual_chains_move_what_their_formula_says() -> None:
-    """ResNet-50 in planes of a stage's mid-channels, counted by hand from the forms of its chains."""
+    """ResNet-50 in planes of a stage's mid-channels, by hand from the forms of its chains."""
     default = counted("resnet50", batch=4, plan="default")
     assert default.totals(default.plan.launches)["launches"] == 32
     # conv1 of the first block, then chains: h1, the shortcut, y, and the next h1.

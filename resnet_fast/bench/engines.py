@@ -134,6 +134,17 @@ def resnet_fast_graph(job: Job) -> Call:
     return _graphed(resnet_fast_tuned(job))
 
 
+def resnet_fast_layers(job: Job) -> Call:
+    """``resnet_fast_graph``, every layer by itself: what kernels of several layers are worth."""
+    from resnet_fast import plan
+
+    _need_cuda(job)
+    model, x = _ours_model(job)
+    model.chains = None  # type: ignore[assignment]
+    plan.set_plan(plan.tune(model, x))
+    return _graphed(_inference(model, x))
+
+
 def eager(job: Job) -> Call:
     """The reference network as torch runs it by default: eager, NCHW."""
     model = job.reference().to(job.device, job.torch_dtype)
@@ -296,6 +307,7 @@ ENGINES: dict[str, Callable[[Job], Call]] = {
         resnet_fast,
         resnet_fast_tuned,
         resnet_fast_graph,
+        resnet_fast_layers,
         eager,
         eager_nhwc,
         eager_graph,
@@ -306,7 +318,7 @@ ENGINES: dict[str, Callable[[Job], Call]] = {
         cudnn_fused,
     )
 }
-OURS = ("resnet_fast", "resnet_fast_tuned", "resnet_fast_graph")
+OURS = ("resnet_fast", "resnet_fast_tuned", "resnet_fast_graph", "resnet_fast_layers")
 PEERS = tuple(name for name in ENGINES if name not in OURS)
 
 

@@ -68,7 +68,7 @@ def may_run(x: Any) -> bool:
     )
 
 
-class _Block:
+class ChainBlock:
     """One block of a chain: its parameters, and those of the convolution behind it."""
 
     def __init__(self, block: Any, behind: Any) -> None:
@@ -164,6 +164,17 @@ def _pair(block: Any, number: int) -> tuple[Any, Any]:
     return getattr(block, f"conv{number}"), getattr(block, f"bn{number}")
 
 
+def chain_blocks(stages: Sequence[nn.Module], paths: Sequence[str]) -> list[tuple[str, ChainBlock]]:
+    """Every block of ``stages`` with its path, and what a chain of it would take in."""
+    named: list[tuple[str, Any]] = [
+        (f"{path}.{i}", block)
+        for path, stage in zip(paths, stages, strict=True)
+        for i, block in enumerate(stage)  # type: ignore[arg-type]
+    ]
+    behind = [block for _, block in named[1:]] + [None]
+    return [(name, ChainBlock(b, n)) for (name, b), n in zip(named, behind, strict=True)]
+
+
 class Chained:
     """The stages of one network for inputs of one kind, decided at their first forward.
 
@@ -173,13 +184,7 @@ class Chained:
 
     def __init__(self, stages: Sequence[nn.Module], paths: Sequence[str]) -> None:
         self.generation, self.epoch = _binding.generation(), _pack.epoch()
-        blocks = [block for stage in stages for block in stage]  # type: ignore[attr-defined]
-        self.blocks = [_Block(b, n) for b, n in zip(blocks, [*blocks[1:], None], strict=True)]
-        self.names = [
-            f"{path}.{i}"
-            for path, stage in zip(paths, stages, strict=True)
-            for i in range(len(stage))  # type: ignore[arg-type]
-        ]
+        self.blocks = chain_blocks(stages, paths)
         self._guard = guard_of(*stages)
         self._rests: list[_Rest] = []
         self.lines: list[str] = []
@@ -196,7 +201,7 @@ class Chained:
         """The last block's output; the first call decides on the way."""
         rests: list[_Rest] = []
         h: Tensor | None = None
-        for i, (name, block) in enumerate(zip(self.names, self.blocks, strict=True)):
+        for i, (name, block) in enumerate(self.blocks):
             inner = block.inner(x, h)
             if not self._rests:
                 rests.append(self._decide(name, block, x, inner))
@@ -204,7 +209,7 @@ class Chained:
         self._rests = self._rests or rests
         return x
 
-    def _decide(self, name: str, block: _Block, x: Tensor, inner: Tensor) -> _Rest:
+    def _decide(self, name: str, block: ChainBlock, x: Tensor, inner: Tensor) -> _Rest:
         if not block.saves:
             return block.rest(LAYERS, [], (1, 1))
         site = block.site(inner, x)
@@ -218,7 +223,7 @@ class Chained:
         return block.rest(choice.name, operands, site.strides)
 
 
-def _form(block: _Block, choice: Choice) -> str:
+def _form(block: ChainBlock, choice: Choice) -> str:
     """A line of ``explain()``: what the chain takes in, and what became of it."""
     shortcut = "add" if block.down is None else "projection and add"
     parts = [
