@@ -14,7 +14,7 @@ stay what they are: what a chain derives from them is dropped as soon as any of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +169,7 @@ def chain_blocks(stages: Sequence[nn.Module], paths: Sequence[str]) -> list[tupl
     named: list[tuple[str, Any]] = [
         (f"{path}.{i}", block)
         for path, stage in zip(paths, stages, strict=True)
-        for i, block in enumerate(stage)  # type: ignore[arg-type]
+        for i, block in enumerate(cast(Any, stage))
     ]
     behind = [block for _, block in named[1:]] + [None]
     return [(name, ChainBlock(b, n)) for (name, b), n in zip(named, behind, strict=True)]
