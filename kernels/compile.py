@@ -53,6 +53,8 @@ class Variant:
     args: tuple[Any, ...]
     options: dict[str, Any]
     architectures: tuple[int, ...] = ARCHITECTURES
+    # Which of the launch's kernels.
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def variants() -> list[Variant]:
     for dtype, label in (*_NAMES.items(), (torch.float32, "tf32")):
         conv = conv_bn_act.launch_conv_bn_act
         for config in conv_bn_act.configs(dtype):
-            options = {"config": config, "allow_tf32": label == "tf32"}
+            options = {"config": config, "allow_tf32": label == "tf32", "splits": 1}
             if config.packed:
                 c = {16: 1, 32: 3, 64: 8}[config.block_c]
                 sites = {"conv7x7": _conv(dtype, c, 64, 7, 2, 224)}
@@ -178,8 +180,16 @@ def variants() -> list[Variant]:
                 }
             for site, args in sites.items():
                 add(f"conv_bn_act/{site}/{config.name}/{label}", conv, *args, **options)
+        tile = conv_bn_act.configs(dtype)[2 if dtype != torch.float32 else 0]
+        options = {"config": tile, "allow_tf32": label == "tf32", "splits": 4}
+        for site, size in (("gemm", (2048, 512, 1, 1, 7)), ("conv3x3", (512, 512, 3, 1, 7))):
+            args = _conv(dtype, *size)
+            add(f"conv_bn_act/{site}/{tile.name}/split/{label}", conv, *args, **options)
         if label == "tf32":
             continue
+        name = f"conv_bn_act/sum/{label}"
+        args = _conv(dtype, 2048, 512, 1, 1, 7)
+        found.append(Variant(name, conv, args, {**options, "config": tile}, index=1))
         x, vector = _meta(32, 256, 28, 28, dtype=dtype), _meta(256)
         for tile in bn_act.CONFIGS:
             for layout, fmt in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):
@@ -217,26 +227,33 @@ def _stems() -> list[Variant]:
 
 
 class Recorder:
-    """Stands in for wrap_triton: keeps the kernel and its arguments instead of launching."""
+    """Stands in for wrap_triton: keeps a kernel and its arguments instead of launching.
 
-    def __init__(self) -> None:
+    `index` counts the launches; the last up to it is kept.
+    """
+
+    def __init__(self, index: int = 0) -> None:
         self.kernel: Any = None
         self.arguments: dict[str, Any] = {}
+        self._left = index + 1
 
     def __call__(self, kernel: Any) -> Recorder:
-        self.kernel = kernel
+        self._left -= 1
+        if self._left >= 0:
+            self.kernel = kernel
         return self
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def record(*args: Any, **kwargs: Any) -> None:
-            self.arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}
+            if self._left >= 0:
+                self.arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}
 
         return record
 
 
 def source(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
     """The Triton source of a variant, specialised as a launch specialises it, and its options."""
-    recorder = Recorder()
+    recorder = Recorder(variant.index)
     variant.launch(*variant.args, **variant.options, wrap_triton=recorder)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}

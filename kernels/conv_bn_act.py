@@ -61,6 +61,19 @@ def _finish(
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+# The channels of a program's part of the reduction: all of them, or a run of whole blocks.
+@triton.jit
+def _part(CG, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr):
+    if SPLITS == 1:
+        begin = 0
+        end = CG
+    else:
+        length = tl.cdiv(tl.cdiv(CG, BLOCK_C), SPLITS) * BLOCK_C
+        begin = tl.program_id(1) * length
+        end = tl.minimum(begin + length, CG)
+    return begin, end
+
+
 # One tap of the filter: acc += x[pixels shifted by the tap, all channels] @ w[tap].
 @triton.jit
 def _tap(
@@ -93,6 +106,7 @@ def _tap(
     ALLOW_TF32: tl.constexpr,
     INTERPRET: tl.constexpr,
     WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     z = iz + t * DIL_D
@@ -106,7 +120,8 @@ def _tap(
         s = tl.cast(s, tl.int64)
     x_tap = x_rows + (t * DIL_D * stride_xd + r * DIL_H * stride_xh + s * DIL_W * stride_xw)
     w_tap = w_cols + (t * stride_wt + r * stride_wr + s * stride_ws)
-    for c0 in range(0, CG, BLOCK_C):
+    begin, end = _part(CG, SPLITS, BLOCK_C)
+    for c0 in range(begin, end, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         c_ok = c < CG
         if WIDE:
@@ -260,6 +275,33 @@ def choose_config(
     return tall if tiles(tall) >= 108 else small
 
 
+# Multiprocessors that a launch should reach: an H100 has 132, an A100 108.
+_PROGRAMS = 132
+# Steps of the reduction that a part must be worth: its sums cross memory in fp32, written and read.
+_LEAST_STEPS = 4
+
+
+# Pixels x channels of a program that sums parts: 2 KB of each part.
+_SUM_TILE = (8, 64)
+_NO_EPILOGUE = {"HAS_SCALE": False, "HAS_SHIFT": False, "HAS_RESIDUAL": False, "ACT": 0}
+
+
+def choose_splits(tiles: int, steps: int, taps: int) -> int:
+    """Parts of the reduction over the channels: 1, or a power of two where tiles alone are few.
+
+    `steps` counts blocks of channels, each of which is worth `taps` products. 7x7 maps of one image
+    are one tile of 64 pixels: a layer of 512 filters fills 8 multiprocessors of 132.
+    """
+    splits = 1
+    while (
+        2 * splits * tiles <= _PROGRAMS
+        and 2 * splits <= steps
+        and steps * taps >= 2 * splits * _LEAST_STEPS
+    ):
+        splits *= 2
+    return splits
+
+
 # y[m, k] = finish(sum over t, r, s, c of x[pixel(m) + tap(t, r, s), c] * w[k, c, t, r, s]).
 # A program owns BLOCK_M output pixels (n, o, p, q flattened) x BLOCK_N output channels of one
 # group; programs that share pixels are neighbours, so x comes from L2 and w stays there.
@@ -322,6 +364,7 @@ def conv_kernel(
     ALLOW_TF32: tl.constexpr,
     INTERPRET: tl.constexpr,
     WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
     PACKED: tl.constexpr,
     STATIC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -397,7 +440,7 @@ def conv_kernel(
                         acc, x_rows, w_cols, rows_ok, k_ok, iz, iy, ix, t, r, s, D, H, W, CG,
                         stride_xc, stride_xd, stride_xh, stride_xw,
                         stride_wc, stride_wt, stride_wr, stride_ws,
-                        DIL_D, DIL_H, DIL_W, ALLOW_TF32, INTERPRET, WIDE, BLOCK_C,
+                        DIL_D, DIL_H, DIL_W, ALLOW_TF32, INTERPRET, WIDE, SPLITS, BLOCK_C,
                     )  # fmt: skip
     else:
         for t in range(T):
@@ -407,10 +450,13 @@ def conv_kernel(
                         acc, x_rows, w_cols, rows_ok, k_ok, iz, iy, ix, t, r, s, D, H, W, CG,
                         stride_xc, stride_xd, stride_xh, stride_xw,
                         stride_wc, stride_wt, stride_wr, stride_ws,
-                        DIL_D, DIL_H, DIL_W, ALLOW_TF32, INTERPRET, WIDE, BLOCK_C,
+                        DIL_D, DIL_H, DIL_W, ALLOW_TF32, INTERPRET, WIDE, SPLITS, BLOCK_C,
                     )  # fmt: skip
 
     y_rows = n * stride_yn + o * stride_yo + p * stride_yp + q * stride_yq
+    if SPLITS > 1:
+        # Parts lie one after the other, each [pixels, filters].
+        y_rows = y_rows + tl.program_id(1).to(tl.int64) * M * stride_yq
     _finish(
         acc, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_rows, rows_ok, k, k_ok, stride_yk,
         HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, ACT,
@@ -447,6 +493,7 @@ def gemm_kernel(
     ALLOW_TF32: tl.constexpr,
     INTERPRET: tl.constexpr,
     WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -475,7 +522,8 @@ def gemm_kernel(
     w_cols = w_ptr + k * stride_wk
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for c0 in range(0, CG, BLOCK_C):
+    begin, end = _part(CG, SPLITS, BLOCK_C)
+    for c0 in range(begin, end, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         c_ok = c < CG
         if WIDE:
@@ -493,10 +541,64 @@ def gemm_kernel(
         acc = dot(a, b, acc, ALLOW_TF32, INTERPRET)
 
     y_rows = n * stride_yn + p * stride_yp
+    if SPLITS > 1:
+        y_rows = y_rows + tl.program_id(1).to(tl.int64) * M * stride_yp
     _finish(
         acc, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_rows, rows_ok, k, k_ok, stride_yk,
         HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, ACT,
     )  # fmt: skip
+
+
+# Sums the parts of a split reduction, first to last, and finishes: one order, hence one result.
+@triton.jit
+def sum_kernel(
+    part_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    PIXELS,
+    K,
+    stride_yn,
+    stride_yk,
+    stride_yp,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tiles_k = tl.cdiv(K, BLOCK_N)
+    m = tl.program_id(0) // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_ok = m < M
+    k_ok = k < K
+    mask = rows_ok[:, None] & k_ok[None, :]
+    rows = m.to(tl.int64)
+    parts = part_ptr + (rows * K)[:, None] + k[None, :]
+    acc = tl.load(parts, mask=mask, other=0.0)
+    for _ in range(1, SPLITS):
+        parts += tl.cast(M, tl.int64) * K
+        acc += tl.load(parts, mask=mask, other=0.0)
+    y_rows = rows // PIXELS * stride_yn + rows % PIXELS * stride_yp
+    _finish(
+        acc, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_rows, rows_ok, k, k_ok, stride_yk,
+        HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, ACT,
+    )  # fmt: skip
+
+
+def choose(
+    dtype: torch.dtype, pixels: int, channels: int, outputs: int, groups: int, row: int, taps: int
+) -> tuple[Config, int]:
+    """Config and splits of a launch: pixels of the whole batch, the rest as `choose_config`."""
+    config = choose_config(dtype, pixels, channels, outputs, row, taps)
+    if config.packed:
+        return config, 1
+    tiles = triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n) * groups
+    return config, choose_splits(tiles, triton.cdiv(channels, config.block_c), taps)
 
 
 def _volume(t: torch.Tensor) -> torch.Tensor:
@@ -535,14 +637,16 @@ def launch_conv_bn_act(
     config: Config | None = None,
     wide: bool | None = None,
     allow_tf32: bool | None = None,
+    splits: int | None = None,
     wrap_triton: Wrap = direct,
 ) -> torch.Tensor:
     """act(conv(x, weight) * scale + shift + residual) in x's dtype, accumulated in fp32.
 
     x is [N, C, *spatial] with one to three spatial dimensions and any strides; weight is
     [K, C / groups, *filter] with any strides. `config` overrides the heuristic, `wide` the
-    choice of 64-bit offsets, `allow_tf32` torch.backends.cudnn.allow_tf32. Raises ValueError
-    or TypeError rather than read out of bounds.
+    choice of 64-bit offsets, `allow_tf32` torch.backends.cudnn.allow_tf32, `splits` the parts that
+    the reduction over the channels is computed in. Raises ValueError or TypeError rather than read
+    out of bounds.
     """
     check_input(x)
     check_tensor("weight", weight, x)
@@ -604,51 +708,61 @@ def launch_conv_bn_act(
     pixels = size_out[0] * size_out[1] * size_out[2]
     m = x.shape[0] * pixels
     n_taps = taps[0] * taps[1] * taps[2]
-    if config is None:
-        config = choose_config(x.dtype, hint(m), cg, kg, taps[2], n_taps)
+    chosen, parts = choose(x.dtype, hint(m), cg, kg, groups, taps[2], n_taps)
+    if splits is None:
+        # A symbolic batch serves many images, whose tiles are many.
+        splits = parts if config is None and type(m) is int else 1
+    config = chosen if config is None else config
     if config.packed and taps[2] * cg > config.block_c:
         raise ValueError(f"config: {config.name} packs {config.block_c}, got {taps[2] * cg}")
     tf32 = x.dtype == torch.float32 and (
         allow_tf32_of_convolutions() if allow_tf32 is None else allow_tf32
     )
-    sx, sw, sy = x5.stride(), w5.stride(), y5.stride()
+    sx, sw = x5.stride(), w5.stride()
     # How far padding and taps lead out of x, in elements; a dimension that repeats one element
     # (stride 0) still counts pixels.
     reach = sum(
         (p + d * (f - 1)) * (step + 1)
         for p, d, f, step in zip(pads, dils, taps, sx[2:], strict=True)
     )
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * groups
+    if config.packed and splits > 1:
+        raise ValueError(f"splits: expected 1 with {config.name}, got {splits}")
+    out, sy, pixel_step = y, y5.stride(), _pixel_stride(y5)
+    if splits > 1:
+        out = torch.empty((splits, m, k_total), dtype=torch.float32, device=x.device)
+        line = size_out[2] * k_total
+        sy = (pixels * k_total, 1, size_out[1] * line, line, k_total)
+        pixel_step = k_total
     static = n_taps <= MAX_STATIC_TAPS and (tf32 or x.dtype != torch.float32)
-    flags = {
+    epilogue = {
         "HAS_SCALE": scale is not None,
         "HAS_SHIFT": shift is not None,
         "HAS_RESIDUAL": residual is not None,
         "ACT": code,
+    }
+    flags = {
+        **(epilogue if splits == 1 else _NO_EPILOGUE),
         "ALLOW_TF32": tf32,
         "INTERPRET": INTERPRET,
-        "WIDE": needs_int64(x, weight, y, reach=reach) if wide is None else wide,
+        "WIDE": needs_int64(x, weight, y, out, reach=reach) if wide is None else wide,
+        "SPLITS": splits,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_C": config.block_c,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    tensors = (
-        x,
-        weight,
-        scale_arg,
-        shift_arg,
-        x if residual is None else residual,
-        y,
-    )
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * groups,)
+    after = (scale_arg, shift_arg, x if residual is None else residual)
+    tensors = (x, weight, *after, out)
+    grid = (tiles, splits)
     pointwise = n_taps == 1 and strides == [1, 1, 1] and pads == [0, 0, 0]
     with device_of(x):
         if pointwise and not config.packed:
             # Both layouts leave the pixels of an image evenly spaced along the last dimension.
             wrap_triton(gemm_kernel)[grid](
                 *tensors, m, pixels, cg, kg,
-                sx[0], sx[1], _pixel_stride(x5), sw[0], sw[1], sy[0], sy[1], _pixel_stride(y5),
+                sx[0], sx[1], _pixel_stride(x5), sw[0], sw[1], sy[0], sy[1], pixel_step,
                 **flags,
             )  # fmt: skip
         else:
@@ -660,5 +774,13 @@ def launch_conv_bn_act(
                 DIL_D=dils[0], DIL_H=dils[1], DIL_W=dils[2],
                 PACKED=config.packed, STATIC=static,
                 **flags,
+            )  # fmt: skip
+        if splits > 1:
+            rows, columns = _SUM_TILE
+            tiles = triton.cdiv(m, rows) * triton.cdiv(k_total, columns)
+            wrap_triton(sum_kernel)[(tiles,)](
+                out, *after, y, m, pixels, k_total,
+                y5.stride(0), y5.stride(1), _pixel_stride(y5),
+                **epilogue, SPLITS=splits, BLOCK_M=rows, BLOCK_N=columns,
             )  # fmt: skip
     return y

@@ -447,3 +447,34 @@ def test_a_plan_needs_no_second_measurement(imaginary, monkeypatch):
     for name in ("triton", "conv+bn_act"):
         with plan.use(plan.Plan(HALF.device, {HALF.key: plan.Entry(name, microseconds=3.0)})):
             assert imaginary().candidate.name == name
+
+
+def test_the_kernel_that_runs_is_the_one_verified(monkeypatch):
+    """A candidate that picks a kernel by the batch is compared at a batch that picks the same."""
+    seen = []
+
+    def run(x, args, residual, act):
+        seen.append(x.shape[0])
+        y = run_aten(x, args, residual, act)
+        return y if x.shape[0] < 8 else y * 1.001
+
+    def variant(site):
+        return "many" if site.x_shape[0] >= 8 else "few"
+
+    candidate = Candidate("triton", lambda site: None, run, run, variant=variant)
+    monkeypatch.setitem(CANDIDATES, "triton", candidate)
+    for batch, images, ok in (
+        (1, 1, True),
+        (4, 2, True),
+        (7, 2, True),
+        (8, 8, False),
+        (64, 8, False),
+    ):
+        seen.clear()
+        assert (
+            binding_module.verified(at_batch(SITE, batch), candidate, torch.device("cpu"))[0] is ok
+        )
+        assert not seen or set(seen) == {images}
+    seen.clear()
+    assert not binding_module.verified(at_batch(SITE, 32), candidate, torch.device("cpu"))[0]
+    assert seen == [], "kept, by the kernel"

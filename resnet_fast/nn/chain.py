@@ -218,7 +218,14 @@ class Chained:
             NAME: lambda: run_chain(inner, x, operands, site.strides, "relu"),
             LAYERS: lambda: block.layers(x, inner),
         }
-        choice = choose(site.key, NAME, x.device, lambda: verify_chain(site, x.device), runs)
+        choice = choose(
+            site.key,
+            NAME,
+            x.device,
+            lambda: verify_chain(site, x.device),
+            runs,
+            variant=f"b{site.batch}",
+        )
         self.lines.append(f"{name}: {_form(block, choice)}")
         return block.rest(choice.name, operands, site.strides)
 

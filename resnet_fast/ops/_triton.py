@@ -17,7 +17,8 @@ from resnet_fast.ops import _checks
 AVAILABLE, REASON = kernels.available()
 
 
-def _module(name: str) -> Any:
+def room(name: str) -> Any:
+    """The module of kernels/ called ``name``."""
     return importlib.import_module(f"{kernels.__name__}.{name}")
 
 
@@ -25,7 +26,7 @@ def _launched(launch: Callable[..., torch.Tensor], *args: Any, **options: Any) -
     """What the launcher returns; where Triton itself fails, ``LibraryError``, as callers expect."""
     try:
         return launch(*args, **options)
-    except _module("launch").FAILURES as failure:
+    except room("launch").FAILURES as failure:
         raise LibraryError(f"{launch.__name__}: Triton cannot run here: {failure}") from failure
 
 
@@ -72,7 +73,7 @@ def register(name: str, schema: str, module: str, launch: str, jitted: Sequence[
     """
     if not AVAILABLE:
         return
-    rooms = _module(module)
+    rooms = room(module)
     qualified = f"resnet_fast::{name}"
     with _given(schema):
         triton_op(qualified, _Traceable(getattr(rooms, launch)), mutates_args={}, schema=schema)
@@ -94,7 +95,7 @@ def implement(op: str, module: str, launch: str, instead: str) -> None:
         _checks.refuse_cuda(op, f"{library}; Triton: {REASON}. Use {instead}")
     if not _checks.lacks_cuda(op):
         return
-    launcher = getattr(_module(module), launch)
+    launcher = getattr(room(module), launch)
 
     def run(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if x.dtype is torch.float64:

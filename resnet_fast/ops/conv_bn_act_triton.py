@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from resnet_fast.ops._triton import implement, register
+import math
+from collections.abc import Sequence
+
+import torch
+
+from resnet_fast.ops._triton import AVAILABLE, implement, register, room
 
 register(
     "_conv_bn_act_triton",
@@ -10,6 +15,24 @@ register(
     "int[] padding, int[] dilation, int groups, str act) -> Tensor",
     "conv_bn_act",
     "launch_conv_bn_act",
-    ("conv_kernel", "gemm_kernel"),
+    ("conv_kernel", "gemm_kernel", "sum_kernel"),
 )
 implement("conv_bn_act", "conv_bn_act", "launch_conv_bn_act", "torch.nn.functional.conv2d")
+
+
+def variant(
+    dtype: torch.dtype, out_shape: Sequence[int], weight_shape: Sequence[int], groups: int
+) -> str:
+    """The config and the splits that a launch with this output [N, K, P...] and weight takes."""
+    if not AVAILABLE:
+        return ""
+    config, splits = room("conv_bn_act").choose(
+        dtype,
+        out_shape[0] * math.prod(out_shape[2:]),
+        weight_shape[1],
+        weight_shape[0] // groups,
+        groups,
+        weight_shape[-1],
+        math.prod(weight_shape[2:]),
+    )
+    return f"{config.name}/{splits}"

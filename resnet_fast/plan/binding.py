@@ -103,6 +103,8 @@ def verified(site: Site, candidate: Candidate, device: torch.device) -> tuple[bo
     if device.type == "meta":
         return True, 0.0, 0.0
     key = f"{site.key}|{framework_batch(site, device)[0]}"
+    if candidate.variant is not None:
+        key += f"|{candidate.variant(site)}"
     kept = cache.get(key, candidate.name)
     if kept is None:
         verdict = verify(site, candidate, device)

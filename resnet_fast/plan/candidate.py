@@ -22,6 +22,7 @@ from resnet_fast.ops import (
     activation,
     conv_bn_act_direct,
     conv_bn_act_onednn,
+    conv_bn_act_triton,
     conv_bn_act_winograd,
 )
 from resnet_fast.ops._checks import channels_last
@@ -62,6 +63,8 @@ class Candidate:
     ``reject(site)`` is None where the candidate can run, and a plain reason where it cannot.
     ``run`` is called eagerly; ``trace`` under a compiler or exporter. ``prepare``, where there is
     one, is ``run`` with the parameters' derived values bound, good until a parameter changes.
+    ``variant``, where there is one, names the kernel that runs at the site's batch: what holds of
+    one says nothing of another.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Candidate:
     run: Run
     trace: Run
     prepare: Prepare | None = None
+    variant: Callable[[Site], str] | None = None
 
 
 def _affine(x: Tensor, args: ConvArgs) -> tuple[Tensor | None, Tensor | None]:
@@ -194,6 +198,11 @@ def _through(op: str, traced: bool) -> Run:
     return run
 
 
+def _triton_variant(site: Site) -> str:
+    dtype = DTYPES[site.dtype]
+    return conv_bn_act_triton.variant(dtype, site.out_shape, site.weight_shape, site.groups)
+
+
 _NATIVE = "conv_bn_act"
 _TRITON = "_conv_bn_act_triton"
 
@@ -307,7 +316,13 @@ CANDIDATES: dict[str, Candidate] = {
             _prepared(conv_bn_act_onednn.prepare),
         ),
         Candidate("native", _reject_native, _through(_NATIVE, False), _through(_NATIVE, True)),
-        Candidate("triton", _reject_triton, _through(_TRITON, False), _through(_TRITON, True)),
+        Candidate(
+            "triton",
+            _reject_triton,
+            _through(_TRITON, False),
+            _through(_TRITON, True),
+            variant=_triton_variant,
+        ),
         Candidate("cudnn", _reject_cudnn, _run_cudnn, _trace_cudnn),
         Candidate("conv+bn_act", _reject_epilogue, _epilogue(False), _epilogue(True)),
         Candidate("aten", _never, run_aten, run_aten),

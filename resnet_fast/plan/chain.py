@@ -70,6 +70,15 @@ class ChainSite:
         return "|".join((NAME, roles, *(site.key for site in self.sites)))
 
     @property
+    def batch(self) -> int:
+        """The images to verify it with, so that the kernel splits its work as at the place's batch.
+
+        Slices of the output that no next convolution ties together are dealt out by their number.
+        """
+        dealt = self.conv3 is not None and self.following is None
+        return max(1, self.sites[0].x_shape[0]) if dealt else 2
+
+    @property
     def strides(self) -> tuple[int, int]:
         """Strides of the 3x3 convolution and of the projection."""
         return tuple(1 if s is None else s.stride[0] for s in (self.conv2, self.down))  # type: ignore[return-value]
@@ -99,7 +108,7 @@ def run_chain(
 
 
 def verify_chain(site: ChainSite, device: torch.device, act: str = "relu") -> Verdict:
-    """Compare the chain with fp64 on random numbers, two images of them.
+    """Compare the chain with fp64 on random numbers.
 
     Returns:
         The verdict of whichever result is nearer to its limit. A chain that raises is a mismatch.
@@ -108,11 +117,11 @@ def verify_chain(site: ChainSite, device: torch.device, act: str = "relu") -> Ve
     shortcut = site.down or site.conv3 or site.conv2
     assert shortcut is not None
     with torch.inference_mode(False), torch.no_grad():
-        drawn = [None if s is None else random_inputs(s, device) for s in _roles(site)]
+        drawn = [None if s is None else random_inputs(s, device, 1) for s in _roles(site)]
         args = ChainArgs(*(None if d is None else d[1] for d in drawn))
-        x = random_inputs(first, device)[0]
+        x = random_inputs(first, device, site.batch)[0]
         # Of another seed than x, whose site may be the same.
-        inputs = random_inputs(shortcut, device, draw=1)
+        inputs = random_inputs(shortcut, device, site.batch, draw=1)
         residual = inputs[0] if site.down is not None else inputs[2]
         assert residual is not None
         wide = ChainArgs(*(None if a is None else in_fp64(a) for a in args))

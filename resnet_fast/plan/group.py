@@ -41,6 +41,7 @@ def choose(
     device: torch.device,
     verify: Callable[[], Verdict],
     runs: Mapping[str, Callable[[], Any]],
+    variant: str = "",
 ) -> Choice:
     """Decide between the kernel ``name`` and the layers it stands for.
 
@@ -50,6 +51,7 @@ def choose(
         device: where it runs. On ``meta`` nothing does: the kernel is taken as it is.
         verify: compares the kernel with fp64.
         runs: a call each under ``name`` and ``LAYERS``, on the tensors at hand.
+        variant: what the verdict depends on beside the key.
 
     An entry of the plan in force decides without a measurement, never without verification.
     """
@@ -59,10 +61,11 @@ def choose(
         return Choice(LAYERS, "SLOWER", measured=entry.measured)
     if device.type == "meta":
         return Choice(name, "ASSUMED")
-    kept = cache.get(key, name)
+    verdict_key = f"{key}|{variant}" if variant else key
+    kept = cache.get(verdict_key, name)
     if kept is None:
         verdict = verify()
-        cache.put(key, name, ok=verdict.ok, error=verdict.error, limit=verdict.limit)
+        cache.put(verdict_key, name, ok=verdict.ok, error=verdict.error, limit=verdict.limit)
     else:
         verdict = Verdict(kept["ok"], kept["error"], kept["limit"])
     if not verdict.ok:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 
@@ -88,6 +89,23 @@ def framework_batch(site: Site, device: torch.device | str) -> tuple[str, int]:
     return path, next(few, running)
 
 
+def batch_for(site: Site, candidate: Candidate, device: torch.device | str) -> int:
+    """The images to verify ``candidate`` with: few, on which the same kernel runs as at the site.
+
+    A candidate that picks a kernel by the batch is asked which, from few images to all of them.
+    """
+    path, batch = framework_batch(site, device)
+    if candidate.variant is None:
+        return batch
+    wanted, running = candidate.variant(site), max(1, site.x_shape[0])
+    while batch < running:
+        at = dataclasses.replace(site, x_shape=(batch, *site.x_shape[1:]))
+        if candidate.variant(at) == wanted and framework_path(site, device, batch) == path:
+            break
+        batch *= 2
+    return min(batch, running)
+
+
 def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verdict:
     """Compare ``candidate`` with fp64 at ``site``.
 
@@ -96,9 +114,10 @@ def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verd
         candidate that raises is a mismatch with an infinite error, never a crash of the caller.
     """
     with torch.inference_mode(False), torch.no_grad():
-        _, batch = framework_batch(site, device)
+        batch = batch_for(site, candidate, device)
         verdicts = []
-        for draw in range(1 if batch == _BATCH else _DRAWS):
+        draws = 1 if framework_batch(site, device)[1] == _BATCH else _DRAWS
+        for draw in range(draws):
             x, args, residual = random_inputs(site, device, batch, draw)
             verdicts.append(_compare(site, candidate, x, args, residual))
             if not verdicts[-1].ok:

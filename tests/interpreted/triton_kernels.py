@@ -152,6 +152,34 @@ def test_conv_int64_offsets_and_op(name: str) -> None:
     assert torch.equal(y, conv_bn_act.launch_conv_bn_act(*args, wide=True))
 
 
+@pytest.mark.parametrize("name", ["1x1", "1x1-nchw", "3x3-stride2", "3x3-groups", "1d", "3d"])
+def test_conv_in_parts(name: str) -> None:
+    """The reduction in two parts, and in more than there are blocks of channels."""
+    g = GEOMETRIES[name]
+    for dtype, splits in ((torch.float16, 2), (torch.float32, 2), (torch.bfloat16, 8)):
+        args = _conv_args(g, dtype, seed=2)
+        config = conv_bn_act.configs(dtype)[0]._replace(block_m=64, block_n=64, block_c=16)
+        for wide in (False, True):
+            y = conv_bn_act.launch_conv_bn_act(*args, config=config, splits=splits, wide=wide)
+            _assert_budget("conv_bn_act", y, args)
+    again = conv_bn_act.launch_conv_bn_act(*args, config=config, splits=8)
+    assert torch.equal(y, again), "one order of summation"
+
+
+def test_parts_fill_the_multiprocessors_and_are_worth_their_sums() -> None:
+    choose = conv_bn_act.choose_splits
+    # ResNet-50's last stage at one image, tiles of 64x64x64: 512 filters and 2048.
+    assert choose(8, 8, 9) == 8 and choose(32, 8, 1) == 2 and choose(8, 32, 1) == 8
+    assert choose(132, 32, 9) == choose(67, 32, 9) == 1
+    assert choose(1, 1, 9) == 1, "one block of channels is not split"
+    assert choose(1, 4, 1) == 1, "nor are four products"
+    assert conv_bn_act.choose(torch.float16, 49, 512, 512, 1, 3, 9)[1] == 8
+    with pytest.raises(ValueError, match="splits"):
+        args = _conv_args(GEOMETRIES["stem"], torch.float16)
+        packed = conv_bn_act.PACKED_CONFIGS[1]
+        conv_bn_act.launch_conv_bn_act(*args, config=packed, splits=2)
+
+
 def test_conv_is_the_public_ops_cuda_kernel() -> None:
     args = _conv_args(GEOMETRIES["3x3-groups"], torch.float16)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
