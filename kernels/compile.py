@@ -180,16 +180,16 @@ def variants() -> list[Variant]:
                 }
             for site, args in sites.items():
                 add(f"conv_bn_act/{site}/{config.name}/{label}", conv, *args, **options)
-        tile = conv_bn_act.configs(dtype)[2 if dtype != torch.float32 else 0]
-        options = {"config": tile, "allow_tf32": label == "tf32", "splits": 4}
-        for site, size in (("gemm", (2048, 512, 1, 1, 7)), ("conv3x3", (512, 512, 3, 1, 7))):
-            args = _conv(dtype, *size)
-            add(f"conv_bn_act/{site}/{tile.name}/split/{label}", conv, *args, **options)
         if label == "tf32":
             continue
-        name = f"conv_bn_act/sum/{label}"
-        args = _conv(dtype, 2048, 512, 1, 1, 7)
-        found.append(Variant(name, conv, args, {**options, "config": tile}, index=1))
+        if dtype != torch.float32:
+            tile = conv_bn_act.HALF_CONFIGS[2]
+            options = {"config": tile, "allow_tf32": False, "splits": 4}
+            for site, size in (("gemm", (2048, 512, 1, 1, 7)), ("conv3x3", (512, 512, 3, 1, 7))):
+                args = _conv(dtype, *size)
+                name = f"conv_bn_act/{site}/{tile.name}/split/{label}"
+                found.append(Variant(name, conv, args, {**options, "wide": False}))
+            found.append(Variant(f"conv_bn_act/sum/{label}", conv, args, options, index=1))
         x, vector = _meta(32, 256, 28, 28, dtype=dtype), _meta(256)
         for tile in bn_act.CONFIGS:
             for layout, fmt in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):

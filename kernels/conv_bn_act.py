@@ -456,7 +456,7 @@ def conv_kernel(
     y_rows = n * stride_yn + o * stride_yo + p * stride_yp + q * stride_yq
     if SPLITS > 1:
         # Parts lie one after the other, each [pixels, filters].
-        y_rows = y_rows + tl.program_id(1).to(tl.int64) * M * stride_yq
+        y_ptr += tl.program_id(1).to(tl.int64) * M * stride_yq
     _finish(
         acc, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_rows, rows_ok, k, k_ok, stride_yk,
         HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, ACT,
@@ -542,7 +542,7 @@ def gemm_kernel(
 
     y_rows = n * stride_yn + p * stride_yp
     if SPLITS > 1:
-        y_rows = y_rows + tl.program_id(1).to(tl.int64) * M * stride_yp
+        y_ptr += tl.program_id(1).to(tl.int64) * M * stride_yp
     _finish(
         acc, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_rows, rows_ok, k, k_ok, stride_yk,
         HAS_SCALE, HAS_SHIFT, HAS_RESIDUAL, ACT,
@@ -595,7 +595,8 @@ def choose(
 ) -> tuple[Config, int]:
     """Config and splits of a launch: pixels of the whole batch, the rest as `choose_config`."""
     config = choose_config(dtype, pixels, channels, outputs, row, taps)
-    if config.packed:
+    # In fp32 the tile's operands fill the registers, and an unrolled 3x3 in parts spills.
+    if config.packed or dtype == torch.float32:
         return config, 1
     tiles = triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n) * groups
     return config, choose_splits(tiles, triton.cdiv(channels, config.block_c), taps)
@@ -708,22 +709,24 @@ def launch_conv_bn_act(
     pixels = size_out[0] * size_out[1] * size_out[2]
     m = x.shape[0] * pixels
     n_taps = taps[0] * taps[1] * taps[2]
-    chosen, parts = choose(x.dtype, hint(m), cg, kg, groups, taps[2], n_taps)
-    if splits is None:
-        # A symbolic batch serves many images, whose tiles are many.
-        splits = parts if config is None and type(m) is int else 1
-    config = chosen if config is None else config
-    if config.packed and taps[2] * cg > config.block_c:
-        raise ValueError(f"config: {config.name} packs {config.block_c}, got {taps[2] * cg}")
-    tf32 = x.dtype == torch.float32 and (
-        allow_tf32_of_convolutions() if allow_tf32 is None else allow_tf32
-    )
     sx, sw = x5.stride(), w5.stride()
     # How far padding and taps lead out of x, in elements; a dimension that repeats one element
     # (stride 0) still counts pixels.
     reach = sum(
         (p + d * (f - 1)) * (step + 1)
         for p, d, f, step in zip(pads, dils, taps, sx[2:], strict=True)
+    )
+    if wide is None:
+        wide = needs_int64(x, weight, y, reach=reach)
+    chosen, parts = choose(x.dtype, hint(m), cg, kg, groups, taps[2], n_taps)
+    if splits is None:
+        # A symbolic batch serves many images, whose tiles are many; so do tensors beyond 2^31.
+        splits = parts if config is None and type(m) is int and not wide else 1
+    config = chosen if config is None else config
+    if config.packed and taps[2] * cg > config.block_c:
+        raise ValueError(f"config: {config.name} packs {config.block_c}, got {taps[2] * cg}")
+    tf32 = x.dtype == torch.float32 and (
+        allow_tf32_of_convolutions() if allow_tf32 is None else allow_tf32
     )
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * groups
     if config.packed and splits > 1:
@@ -745,7 +748,7 @@ def launch_conv_bn_act(
         **(epilogue if splits == 1 else _NO_EPILOGUE),
         "ALLOW_TF32": tf32,
         "INTERPRET": INTERPRET,
-        "WIDE": needs_int64(x, weight, y, out, reach=reach) if wide is None else wide,
+        "WIDE": wide,
         "SPLITS": splits,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
