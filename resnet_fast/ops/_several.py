@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fast import kernels  # type: ignore[attr-defined]  # it lies in kernels/
-from resnet_fast.errors import LibraryError
 from resnet_fast.ops import _checks
-
-
-def _room(name: str) -> Any:
-    return importlib.import_module(f"{kernels.__name__}.{name}")
+from resnet_fast.ops._triton import AVAILABLE, launched, room
 
 
 def has_kernel(op: str, *arguments: Any) -> bool:
@@ -24,9 +18,9 @@ def has_kernel(op: str, *arguments: Any) -> bool:
     No kernel takes fp64. What else a module refuses, its ``runs`` says.
     """
     wide = any(isinstance(v, Tensor) and v.dtype is torch.float64 for v in arguments)
-    if wide or not kernels.available()[0]:
+    if wide or not AVAILABLE:
         return False
-    runs = getattr(_room(op), "runs", None)
+    runs = getattr(room(op), "runs", None)
     return runs is None or bool(runs(arguments[0]))
 
 
@@ -55,7 +49,7 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
 
     def cuda(*arguments: Any) -> Any:
         if has_kernel(op, *arguments):
-            return launched(op, launch, *arguments)
+            return launched(getattr(room(op), launch), *arguments)
         return layers(*arguments)
 
     torch.library.register_fake(name, fake)
@@ -63,11 +57,3 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
     torch.library.impl(name, "CUDA", cuda)
     torch.library.impl(name, "Autograd", differentiable)
     return True
-
-
-def launched(module: str, launch: str, *arguments: Any, **options: Any) -> Any:
-    """Call a launcher of ``kernels/<module>.py``; ``LibraryError`` where Triton itself fails."""
-    try:
-        return getattr(_room(module), launch)(*arguments, **options)
-    except _room("launch").FAILURES as failure:
-        raise LibraryError(f"{launch}: Triton cannot run here: {failure}") from failure

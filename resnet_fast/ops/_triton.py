@@ -22,7 +22,7 @@ def room(name: str) -> Any:
     return importlib.import_module(f"{kernels.__name__}.{name}")
 
 
-def _launched(launch: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
+def launched(launch: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """What the launcher returns; where Triton itself fails, ``LibraryError``, as callers expect."""
     try:
         return launch(*args, **options)
@@ -41,7 +41,7 @@ class _Traceable:
         self._launch = launch
 
     def __call__(self, *args: Any) -> torch.Tensor:
-        return _launched(self._launch, *args, wrap_triton=wrap_triton)
+        return launched(self._launch, *args, wrap_triton=wrap_triton)
 
 
 @contextmanager
@@ -101,6 +101,6 @@ def implement(op: str, module: str, launch: str, instead: str) -> None:
         if x.dtype is torch.float64:
             expected = f"float32, float16 or bfloat16 in the Triton kernel of {op}, else {instead}"
             raise DTypeError("x", expected, "float64")
-        return _launched(launcher, x, *arguments)
+        return launched(launcher, x, *arguments)
 
     torch.library.impl(f"resnet_fast::{op}", "CUDA", run)

@@ -15,6 +15,7 @@ from resnet_fast.kernels import activation, launch
 from resnet_fast.kernels import residual_chain as room
 
 from resnet_fast import ops
+from resnet_fast.errors import LibraryError
 from resnet_fast.testing.budget import within_budget
 from resnet_fast.testing.chains import CHAINS, Chain, make
 
@@ -113,6 +114,38 @@ def test_repeated_runs_are_bit_identical() -> None:
     first = room.launch_residual_chain(*arguments.values())
     again = room.launch_residual_chain(*arguments.values())
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_it_is_the_public_ops_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp16; fp32 without tf32 and fp64 run by the layers, and a failure of Triton is typed."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    overload = torch.ops.resnet_fast.residual_chain.default
+    launched = []
+    launch_chain = room.launch_residual_chain
+
+    def noted(x: torch.Tensor, *rest: Any) -> Any:
+        launched.append(x.dtype)
+        return launch_chain(x, *rest)
+
+    monkeypatch.setattr(room, "launch_residual_chain", noted)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for dtype in (torch.float16, torch.float32):
+        arguments = make(CHAINS[0], dtype)
+        results = overload.redispatch(keys, *arguments.values())
+        wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        for ours, theirs, exact in zip(
+            results, REFERENCE(**arguments), REFERENCE(**wide), strict=True
+        ):
+            assert within_budget(ours, theirs, exact).ok
+        overload.redispatch(keys, *wide.values())
+    assert launched == [torch.float16]
+
+    def fails(*arguments: Any) -> Any:
+        raise launch.FAILURES[0]("out of registers")
+
+    monkeypatch.setattr(room, "launch_residual_chain", fails)
+    with pytest.raises(LibraryError, match="Triton cannot run here"):
+        overload.redispatch(keys, *make(CHAINS[0], torch.float16).values())
 
 
 def test_guards() -> None:
