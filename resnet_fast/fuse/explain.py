@@ -160,6 +160,10 @@ def _calls(model: nn.Module) -> list[str]:
         m.chains for m in model.modules() if isinstance(m, Sequenced) and m.chains is not None
     ]
     lines = [sequence.describe(shape) for known in found for shape, sequence in known]
+    for module in model.modules():
+        state = module.__dict__.get(STATE)
+        if state is not None:
+            chains += [program.chains for program in dict.fromkeys(state.programs.values())]
     return [*lines, *(line for known in chains for line in known.lines())]
 
 

@@ -23,6 +23,7 @@ from resnet_fast.fuse.capture import (
     has_global_hooks,
     is_hooked,
 )
+from resnet_fast.fuse.chain import ProgramChains
 from resnet_fast.fuse.match import Match, is_inplace_function, module_activation, norm_refusal
 from resnet_fast.fuse.prefix import Prefix
 from resnet_fast.fuse.steps import (
@@ -112,6 +113,7 @@ class Program:
         #: Counts of first steps of whose values the later ones use the last alone.
         self.cuts = cuts_of(self.steps, len(self.signature.dynamic))
         self.prefix = Prefix()
+        self.chains = ProgramChains()
 
     def __getstate__(self) -> dict[str, Any]:
         # Some of torch's functions are closures, and pickle only by the name they are known by.
@@ -284,6 +286,10 @@ class Program:
             return False, None
         slots: list[Any] = [*inputs, *([None] * (self.size - len(inputs)))]
         layout = all(value.is_contiguous() for value in inputs if isinstance(value, Tensor))
+        chained = self.chains.find(self, modules, inputs) if self.observe is None else None
+        if chained is not None:
+            chained(self, modules, slots, layout)
+            return True, slots[self.result]
         recorder = None
         if self.cuts and self.observe is None:
             taken = self.prefix.run(inputs)

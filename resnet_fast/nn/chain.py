@@ -41,7 +41,9 @@ from resnet_fast.plan.group import Choice, choose
 from resnet_fast.plan.plan import LAYERS
 from resnet_fast.plan.site import Site, device_name, dtype_name
 
-# From a block's input and its inner activation to its output, and the first convolution's output of
+# A convolution and its norm, None where there is no such.
+Pair = tuple[Any, Any] | None
+# From a block's inner activation and its input to its output, and the first convolution's output of
 # the block behind, None where that is yet to be computed.
 _Rest = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -68,38 +70,19 @@ def may_run(x: Any) -> bool:
     )
 
 
-class ChainBlock:
-    """One block of a chain: its parameters, and those of the convolution behind it."""
+class Place:
+    """A chain's convolutions with their norms, by role; None where it has no such."""
 
-    def __init__(self, block: Any, behind: Any) -> None:
-        self.block = block
-        self.bottleneck = type(block) is Bottleneck
-        down = block.downsample
-        self.down = None if down is None else (down[0], down[1])
-        self.conv2 = _pair(block, 2) if not self.bottleneck or self._joins() else None
-        self.conv3 = _pair(block, 3) if self.bottleneck else None
-        self.following = None
-        if type(behind) is Bottleneck and self.bottleneck and behind.conv1.out_channels <= MAX_NEXT:
-            self.following = _pair(behind, 1)
-        self.behind = behind
-
-    def _joins(self) -> bool:
-        """Whether the block's 3x3 convolution is one of the chain's."""
-        conv = self.block.conv2
-        dense = (conv.kernel_size, conv.padding, conv.dilation, conv.groups)
-        return (
-            dense == ((3, 3), (1, 1), (1, 1), 1)
-            and conv.stride in ((1, 1), (2, 2))
-            and conv.out_channels <= MAX_CONV2
-        )
+    def __init__(self, conv2: Pair, conv3: Pair, down: Pair, following: Pair) -> None:
+        self.conv2, self.conv3, self.down, self.following = conv2, conv3, down, following
 
     @property
     def saves(self) -> bool:
         """Whether a chain stores less than the layers, which fuse what follows a convolution."""
-        parts = (self.conv2 if self.bottleneck else None, self.down, self.following)
+        parts = (None if self.conv3 is None else self.conv2, self.down, self.following)
         return any(part is not None for part in parts)
 
-    def roles(self) -> list[Any]:
+    def roles(self) -> list[Pair]:
         """Convolution and norm by role, in the order of the op's arguments."""
         return [self.conv2, self.conv3, self.down, self.following]
 
@@ -108,7 +91,7 @@ class ChainBlock:
         return ChainArgs(*(None if r is None else FusedSite.args(*r) for r in self.roles()))
 
     def site(self, inner: Tensor, x: Tensor) -> ChainSite:
-        """The chain's place, from the inner activation and the block's input."""
+        """The chain's place in a plan, from the inner activation and the shortcut's source."""
         place: list[Site | None] = []
         size = tuple(inner.shape[2:])
         for index, role in enumerate(self.roles()):
@@ -138,6 +121,66 @@ class ChainBlock:
                 size = site.out_shape[2:]
         return ChainSite(*place)
 
+    def decide(
+        self, inner: Tensor, x: Tensor, layers: Callable[[], Any]
+    ) -> tuple[Choice, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]]:
+        """What runs here, the chain or ``layers``, and the chain as a call of ``inner`` and ``x``.
+
+        Verified and measured on these tensors; the call holds what it needs of the parameters.
+        """
+        site = self.site(inner, x)
+        operands = _pack.derived(lambda: self.args().operands())
+
+        def chain(inner: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            return run_chain(inner, x, operands, site.strides, "relu")
+
+        choice = choose(
+            site.key,
+            NAME,
+            x.device,
+            lambda: verify_chain(site, x.device),
+            {NAME: lambda: chain(inner, x), LAYERS: layers},
+            variant=f"b{site.batch}",
+        )
+        return choice, chain
+
+    def describe(self, choice: Choice) -> str:
+        """A line of ``explain()``: what the chain takes in, and what became of it."""
+        parts = [
+            "conv2" if self.conv2 is not None else "",
+            "conv3" if self.conv3 is not None else "",
+            "add" if self.down is None else "projection and add",
+            "the next conv1" if self.following is not None else "",
+        ]
+        return f"{', '.join(filter(None, parts))} by {choice}"
+
+
+def is_joinable(conv: Any, most: int | None = MAX_CONV2) -> bool:
+    """Whether a 3x3 convolution can be a chain's: dense, and of ``most`` filters where given."""
+    dense = (conv.kernel_size, conv.padding, conv.dilation, conv.groups)
+    return (
+        dense == ((3, 3), (1, 1), (1, 1), 1)
+        and conv.stride in ((1, 1), (2, 2))
+        and (most is None or conv.out_channels <= most)
+    )
+
+
+class ChainBlock(Place):
+    """One block of this package, and the first convolution of the block behind it."""
+
+    def __init__(self, block: Any, behind: Any) -> None:
+        self.block, self.behind = block, behind
+        self.bottleneck = type(block) is Bottleneck
+        down = block.downsample
+        joins = not self.bottleneck or is_joinable(block.conv2)
+        follows = type(behind) is Bottleneck and behind.conv1.out_channels <= MAX_NEXT
+        super().__init__(
+            _pair(block, 2) if joins else None,
+            _pair(block, 3) if self.bottleneck else None,
+            None if down is None else (down[0], down[1]),
+            _pair(behind, 1) if self.bottleneck and follows else None,
+        )
+
     def inner(self, x: Tensor, h: Tensor | None) -> Tensor:
         """What the chain starts from: the first convolution's output, or the second's."""
         h = self.block.start(x) if h is None else h
@@ -152,12 +195,6 @@ class ChainBlock:
         """The chain's results by its layers."""
         y = self.finish(x, inner)
         return y, None if self.following is None else self.behind.start(y)
-
-    def rest(self, name: str, operands: list[Tensor | None], strides: tuple[int, int]) -> _Rest:
-        """What follows the inner activation, as the choice ``name`` has it."""
-        if name == NAME:
-            return lambda x, inner: run_chain(inner, x, operands, strides, "relu")
-        return lambda x, inner: (self.finish(x, inner), None)
 
 
 def _pair(block: Any, number: int) -> tuple[Any, Any]:
@@ -205,41 +242,17 @@ class Chained:
             inner = block.inner(x, h)
             if not self._rests:
                 rests.append(self._decide(name, block, x, inner))
-            x, h = (self._rests or rests)[i](x, inner)
+            x, h = (self._rests or rests)[i](inner, x)
         self._rests = self._rests or rests
         return x
 
     def _decide(self, name: str, block: ChainBlock, x: Tensor, inner: Tensor) -> _Rest:
-        if not block.saves:
-            return block.rest(LAYERS, [], (1, 1))
-        site = block.site(inner, x)
-        operands = _pack.derived(lambda: block.args().operands())
-        runs = {
-            NAME: lambda: run_chain(inner, x, operands, site.strides, "relu"),
-            LAYERS: lambda: block.layers(x, inner),
-        }
-        choice = choose(
-            site.key,
-            NAME,
-            x.device,
-            lambda: verify_chain(site, x.device),
-            runs,
-            variant=f"b{site.batch}",
-        )
-        self.lines.append(f"{name}: {_form(block, choice)}")
-        return block.rest(choice.name, operands, site.strides)
-
-
-def _form(block: ChainBlock, choice: Choice) -> str:
-    """A line of ``explain()``: what the chain takes in, and what became of it."""
-    shortcut = "add" if block.down is None else "projection and add"
-    parts = [
-        "conv2" if block.conv2 is not None else "",
-        "conv3" if block.conv3 is not None else "",
-        shortcut,
-        "the next conv1" if block.following is not None else "",
-    ]
-    return f"{', '.join(filter(None, parts))} by {choice}"
+        if block.saves:
+            choice, chain = block.decide(inner, x, lambda: block.layers(x, inner))
+            self.lines.append(f"{name}: {block.describe(choice)}")
+            if choice.name == NAME:
+                return chain
+        return lambda inner, x: (block.finish(x, inner), None)
 
 
 class Chains:

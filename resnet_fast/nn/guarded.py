@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,13 +16,19 @@ from resnet_fast.nn.site import FusedSite
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
-def guard_of(*roots: nn.Module) -> Any:
-    """A guard of all that the convolutions and norms below ``roots`` depend on in ``eval()``."""
+def guard_of(*roots: nn.Module, parents: Iterable[nn.Module] = ()) -> Any:
+    """A guard of all that the convolutions and norms below ``roots`` depend on in ``eval()``.
+
+    ``parents`` are modules whose children have to stay.
+    """
     native = _library.native()
     assert native is not None
     guard = native.Guard()
     structure = Structure.below(*roots)
     structure.watch(guard)
+    for parent in parents:
+        if parent._modules:
+            guard.items(parent._modules)
     for module in structure.modules:
         if isinstance(module, nn.BatchNorm2d):
             guard.same(module.__dict__, "training", False)
