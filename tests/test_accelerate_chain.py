@@ -91,6 +91,7 @@ def test_torchvisions_networks(chains_on_the_cpu: list[str], name: str) -> None:
     told = str(resnet_fast.explain(fused))
     assert "layer1.0" in told or name == "resnet18"
     assert "by residual_chain (OK), error" in told
+    assert "stem: conv1 and maxpool by stem_pool (OK), error" in told
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         expect_within_budget(other(x), frameworks, truth)
 
@@ -105,6 +106,8 @@ def test_changes_are_seen(chains_on_the_cpu: list[str]) -> None:
         lambda net: net.layer3[0].downsample[1].bias.add_(1.0),
         lambda net: setattr(net.layer3[0].bn2, "eps", 0.5),
         lambda net: setattr(net.layer2[0], "relu", nn.SiLU()),
+        lambda net: net.conv1.weight.mul_(1.5),
+        lambda net: setattr(net.maxpool, "stride", 1),
         lambda net: net.layer4[0].conv2.register_forward_hook(lambda m, a, y: y * 2),
     ]
     for change in changes:
@@ -126,7 +129,8 @@ def test_layers_stay_where_they_are_faster(
     first = fused(images())
     chains_on_the_cpu.clear()
     assert torch.equal(fused(images()), first) and chains_on_the_cpu == []
-    assert str(resnet_fast.explain(fused)).count("layers (SLOWER)") == 3
+    told = str(resnet_fast.explain(fused))
+    assert told.count("layers (SLOWER)") == 4 and "stem: conv1 and maxpool by layers" in told
     theirs = plain(images())
     assert (first - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
@@ -195,4 +199,16 @@ def test_groups_read_no_step_twice() -> None:
     assert refusal is None
     groups = fuse_chain.groups_of(program, modules)
     members = [index for found in groups for index in found.steps]
-    assert len(members) == len(set(members)) and len(groups) == 13
+    assert len(members) == len(set(members)) and len(groups) == 14
+
+
+@torch.no_grad()
+def test_a_wrong_input_raises_what_the_layers_raise() -> None:
+    plain = network("resnet18")
+    fused = resnet_fast.accelerate(copy.deepcopy(plain), images())
+    for x in (images()[:, :2], images().double()):
+        with pytest.raises(RuntimeError) as theirs:
+            plain(x)
+        with pytest.raises(RuntimeError) as ours:
+            fused(x)
+        assert str(ours.value) == str(theirs.value)

@@ -25,22 +25,27 @@ from resnet_fast.nn.chain import Pair, Place, is_joinable, may_run
 from resnet_fast.nn.guarded import guard_of, is_capturing, is_regular
 from resnet_fast.nn.prepared import keep
 from resnet_fast.nn.sequence import Structure
+from resnet_fast.nn.stem import POOL, StemPlace, is_stem
 from resnet_fast.ops import _pack
 from resnet_fast.plan import binding as _binding
-from resnet_fast.plan.chain import MAX_NEXT, NAME
+from resnet_fast.plan.chain import MAX_NEXT
+from resnet_fast.plan.plan import LAYERS
 
 if TYPE_CHECKING:
     from resnet_fast.fuse.program import Program
 
 
 class Group(NamedTuple):
-    """Steps that one chain stands for, by index, and the slots that it reads and writes."""
+    """Steps that one kernel stands for, by index, and the slots that it reads and writes.
 
-    place: Place
-    steps: tuple[int, ...]  # in order; the one that the chain runs at is ``at``
+    Of a stem, which is a site and a pooling, ``inner`` is the image, and there is no ``x``.
+    """
+
+    place: Place | StemPlace
+    steps: tuple[int, ...]  # in order; the one that the kernel runs at is ``at``
     at: int
     inner: int
-    x: int
+    x: int | None
     y: int
     h: int | None
     path: str
@@ -72,6 +77,19 @@ def groups_of(program: Program, modules: list[nn.Module]) -> list[Group]:
 
     found: list[Group] = []
     for k, step in enumerate(steps):
+        if step.kind == "module" and len(step.args) == 1 and not step.kwargs:
+            before = alone(step.args[0].slot, k) if isinstance(step.args[0], Ref) else None
+            stem = site(before, "relu")
+            if (
+                before is not None
+                and stem is not None
+                and is_stem(stem[0], _modules(step, modules)[0])
+            ):
+                place = StemPlace(*stem)
+                inner = steps[before].args[0].slot
+                found.append(Group(place, (before, k), k, inner, None, step.out, None, "stem"))
+                taken.update((before, k))
+            continue
         last = pairs.get(k)
         if last is None or k in taken or step.target.act != "relu" or step.args[1] is None:
             continue
@@ -109,13 +127,13 @@ def groups_of(program: Program, modules: list[nn.Module]) -> list[Group]:
                     h = steps[behind].out
                     break
             following = None
-        place = Place(conv2, conv3, down, following)
+        chain = Place(conv2, conv3, down, following)
         # What the chain reads at k may have been dropped behind its last reader before.
         dropped = {slot for r in range(k) if r not in members for slot in steps[r].free}
-        if place.saves and not {inner, x} & dropped:
+        if chain.saves and not {inner, x} & dropped:
             taken.update(members)
             path = step.target.path.rpartition(".")[0]
-            found.append(Group(place, tuple(sorted(members)), k, inner, x, step.out, h, path))
+            found.append(Group(chain, tuple(sorted(members)), k, inner, x, step.out, h, path))
     return found
 
 
@@ -164,6 +182,10 @@ class Chained:
         self.groups = groups
         self.generation, self.epoch = _binding.generation(), _pack.epoch()
         self._guard = guard_of(*called, parents=parents)
+        for pool in called:
+            if isinstance(pool, nn.MaxPool2d):
+                for name in POOL:
+                    self._guard.same(pool.__dict__, name, pool.__dict__[name])
         self.chosen: dict[int, Any] = {}
         self.lines: list[str] = []
 
@@ -188,21 +210,27 @@ class Chained:
                     program._run_steps([step], modules, slots, contiguous)
                 continue
             steps = [program.steps[i] for i in group.steps]
-            inner, x = slots[group.inner], slots[group.x]
             if index not in self.chosen:
                 self._choose(group, steps, program, modules, slots, contiguous)
             chain = self.chosen[index]
             if chain is None:
                 program._run_steps(_kept(steps), modules, slots, contiguous)
             else:
-                slots[group.y], h = chain(inner, x)
-                if group.h is not None:
-                    slots[group.h] = h
+                self._run(group, chain, slots)
             # What the group's steps were the last to read, as far as nothing behind it reads it.
             for step in steps:
                 for slot in step.free:
                     if slot not in (group.y, group.h):
                         slots[slot] = None
+
+    @staticmethod
+    def _run(group: Group, kernel: Any, slots: list[Any]) -> None:
+        if group.x is None:
+            slots[group.y] = kernel(slots[group.inner])
+            return
+        slots[group.y], h = kernel(slots[group.inner], slots[group.x])
+        if group.h is not None:
+            slots[group.h] = h
 
     def _choose(
         self,
@@ -218,8 +246,14 @@ class Chained:
             program._run_steps(_kept(steps), modules, copied, contiguous)
             return copied[group.y]
 
-        choice, chain = group.place.decide(slots[group.inner], slots[group.x], layers)
-        self.chosen[group.at] = chain if choice.name == NAME else None
+        inner = slots[group.inner]
+        kernel: Any
+        if isinstance(group.place, StemPlace):
+            choice, kernel = group.place.decide(inner, layers)
+        else:
+            assert group.x is not None
+            choice, kernel = group.place.decide(inner, slots[group.x], layers)
+        self.chosen[group.at] = None if choice.name == LAYERS else kernel
         self.lines.append(f"{group.path}: {group.place.describe(choice)}")
 
 
@@ -264,6 +298,12 @@ class ProgramChains:
         ]
         if not groups or not Structure.below(*called).is_plain():
             return None
+        convolutions = [m for m in called if isinstance(m, nn.Conv2d)]
+        if any(conv.weight.dtype is not x.dtype for conv in convolutions):
+            return None
+        stems = [group.place for group in groups if isinstance(group.place, StemPlace)]
+        if any(stem.conv.in_channels != x.shape[1] for stem in stems):
+            return None  # the layers say what is wrong
         found = Chained(groups, called, modules)
         keep(self._known, key, found)
         return found

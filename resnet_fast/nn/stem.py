@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,20 +21,25 @@ from resnet_fast.plan.plan import LAYERS
 from resnet_fast.plan.site import Site, device_name, dtype_name
 from resnet_fast.plan.stem import NAME, key_of, operands, run_stem, verify_stem
 
-_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
-class _Decided:
-    """What a stem does with inputs of one kind, for as long as ``holds``."""
+class StemPlace:
+    """The stem's convolution and norm, as a place that a kernel of several layers may take."""
 
-    def __init__(self, x: Tensor, conv: Any, bn: Any, relu: nn.Module, pool: nn.Module) -> None:
-        self.modules = (conv, bn, relu, pool)
-        self.generation, self.epoch = _binding.generation(), _pack.epoch()
-        self._guard = guard_of(*self.modules)
-        for name in _POOL:
-            self._guard.same(pool.__dict__, name, pool.__dict__[name])
-        args = FusedSite.args(conv, bn)
-        self.operands = _pack.derived(lambda: operands(args))
+    def __init__(self, conv: Any, bn: Any) -> None:
+        self.conv, self.bn = conv, bn
+
+    def decide(
+        self, x: Tensor, layers: Callable[[], Any]
+    ) -> tuple[Choice, Callable[[Tensor], Tensor]]:
+        """What runs here, the kernel or ``layers``, and the kernel as a call of the image.
+
+        Verified and measured on ``x``; the call holds what it needs of the parameters.
+        """
+        conv = self.conv
+        args = FusedSite.args(conv, self.bn)
+        held = _pack.derived(lambda: operands(args))
         site = Site(
             op="conv_bn_act",
             x_shape=tuple(x.shape),
@@ -50,13 +55,32 @@ class _Decided:
             layout="channels_last",
             device=device_name(x.device),
         )
-        runs = {
-            NAME: lambda: run_stem(x, self.operands, "relu"),
-            LAYERS: lambda: _by_layers(x, *self.modules),
-        }
-        self.choice: Choice = choose(
-            key_of(site), NAME, x.device, lambda: verify_stem(site, x.device), runs
-        )
+
+        def stem(x: Tensor) -> Tensor:
+            return run_stem(x.contiguous(memory_format=torch.channels_last), held, "relu")
+
+        runs = {NAME: lambda: stem(x), LAYERS: layers}
+        return choose(key_of(site), NAME, x.device, lambda: verify_stem(site, x.device), runs), stem
+
+    @staticmethod
+    def describe(choice: Choice) -> str:
+        """A line of ``explain()``."""
+        return f"conv1 and maxpool by {choice}"
+
+
+class _Decided:
+    """What a stem does with inputs of one kind, for as long as ``holds``."""
+
+    def __init__(self, x: Tensor, conv: Any, bn: Any, relu: nn.Module, pool: nn.Module) -> None:
+        self.modules = (conv, bn, relu, pool)
+        self.generation, self.epoch = _binding.generation(), _pack.epoch()
+        self._guard = guard_of(*self.modules)
+        for name in POOL:
+            self._guard.same(pool.__dict__, name, pool.__dict__[name])
+        place = StemPlace(conv, bn)
+        choice, stem = place.decide(x, lambda: _by_layers(x, *self.modules))
+        self.line = place.describe(choice)
+        self._stem = stem if choice.name == NAME else None
 
     def holds(self, *modules: nn.Module) -> bool:
         """Whether these are the modules, and they, their parameters and the plan what they were."""
@@ -68,9 +92,7 @@ class _Decided:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.choice.name == NAME:
-            return run_stem(x, self.operands, "relu")
-        return _by_layers(x, *self.modules)
+        return _by_layers(x, *self.modules) if self._stem is None else self._stem(x)
 
 
 class Stems:
@@ -87,7 +109,7 @@ class Stems:
         for key, decided in list(self._known.items()):
             if decided.holds(*decided.modules):
                 size = "x".join(map(str, key[1]))
-                yield f"stem: conv1 and maxpool by {decided.choice} (batch {key[0]}, {size})"
+                yield f"stem: {decided.line} (batch {key[0]}, {size})"
 
     def forward(
         self, x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Module
@@ -111,19 +133,26 @@ def _by_layers(
     return max_pool(pool, conv_bn_relu(site, x, conv, bn, relu))
 
 
+def is_stem(conv: Any, pool: Any) -> bool:
+    """Whether the two are the layers of the op, by their geometry."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return (
+        type(pool) is nn.MaxPool2d
+        and tuple(getattr(pool, name) for name in POOL) == (3, 2, 1, 1, False, False)
+        and geometry == ((7, 7), (2, 2), (3, 3), (1, 1), 1)
+        and conv.in_channels <= 4
+    )
+
+
 def _is_stem(x: Tensor, conv: Any, bn: Any, relu: nn.Module, pool: Any) -> bool:
     """Whether the modules are the layers that the op stands for, in eval."""
-    if type(relu) is not SiteReLU or type(pool) is not nn.MaxPool2d or not is_regular(conv, bn):
-        return False
-    if _library.native() is None or not ops.module(NAME).runs(x):
-        return False
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    pooling = tuple(getattr(pool, name) for name in _POOL)
     return (
-        geometry == ((7, 7), (2, 2), (3, 3), (1, 1), 1)
-        and pooling == (3, 2, 1, 1, False, False)
+        type(relu) is SiteReLU
+        and is_regular(conv, bn)
+        and is_stem(conv, pool)
         and conv.weight.dtype is x.dtype
-        and conv.in_channels == x.shape[1] <= 4
-        and x.is_contiguous(memory_format=torch.channels_last)
+        and conv.in_channels == x.shape[1]
+        and _library.native() is not None
+        and bool(ops.module(NAME).runs(x))
         and Structure.below(conv, bn, relu, pool).is_plain()
     )
