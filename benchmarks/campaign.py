@@ -65,8 +65,8 @@ class Rows:
 # networks and dtypes, each beside torch.compile; its slow mode; the batch sizes between.
 BESIDE_COMPILE = (*OURS, *QUICK_PEERS, "compile")
 ROWS = (
-    Rows("resnet50", "fp16", (128,), (*BESIDE_COMPILE, LAYERS), 150),
-    Rows("resnet50", "fp16", (1,), (*BESIDE_COMPILE, LAYERS), 120),
+    Rows("resnet50", "fp16", (128,), (*BESIDE_COMPILE, LAYERS), 240),
+    Rows("resnet50", "fp16", (1,), (*BESIDE_COMPILE, LAYERS), 150),
     Rows("resnet50", "bf16", (128, 1), BESIDE_COMPILE, 120),
     Rows("resnet18", "fp16", (128, 1), BESIDE_COMPILE, 90),
     Rows("resnet50", "fp32", (128, 1), BESIDE_COMPILE, 120),

@@ -152,6 +152,8 @@ class Tail(nn.Module):
         h1 = F.relu(self.bn1(self.conv1(x)))
         h2 = F.relu(self.bn2(self.conv2(h1)))
         shortcut = self.bnd(self.down(x)) if early is None else early
+        if self.variation == "the shortcut broadcasts":
+            shortcut = x.mean((2, 3), keepdim=True)
         y = F.relu(self.bn3(self.conv3(h2)) + shortcut)
         h = F.relu(self.bnn(self.next(y)))
         if self.variation == "h2 is read twice":
@@ -160,6 +162,8 @@ class Tail(nn.Module):
             return h, shortcut.sum()
         if self.variation == "y is a result":
             return h, y
+        if self.variation == "the shortcut broadcasts":
+            return h, y.sum()
         if self.variation == "the next is late":
             return (y * 2).sum() + h
         return h, y.sum()
@@ -173,6 +177,7 @@ VARIATIONS = {
     "the shortcut is read twice": "conv2+conv3+next",
     "y is a result": "conv2+conv3+down+next",
     "the next is late": "conv2+conv3+down+next",
+    "the shortcut broadcasts": None,
 }
 
 

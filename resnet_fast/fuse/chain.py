@@ -210,9 +210,11 @@ class Chained:
                     program._run_steps([step], modules, slots, contiguous)
                 continue
             steps = [program.steps[i] for i in group.steps]
-            if index not in self.chosen:
+            place = group.place
+            fits = isinstance(place, StemPlace) or place.fits(slots[group.inner], slots[group.x])  # type: ignore[index]
+            if fits and index not in self.chosen:
                 self._choose(group, steps, program, modules, slots, contiguous)
-            chain = self.chosen[index]
+            chain = self.chosen.get(index) if fits else None
             if chain is None:
                 program._run_steps(_kept(steps), modules, slots, contiguous)
             else:

@@ -121,6 +121,23 @@ class Place:
                 size = site.out_shape[2:]
         return ChainSite(*place)
 
+    def fits(self, inner: Any, x: Any) -> bool:
+        """Whether the two are what the op takes here: a site's residual may broadcast, or be no
+        tensor."""
+        for value in (inner, x):
+            if type(value) is not Tensor or value.dim() != 4 or value.dtype is not inner.dtype:
+                return False
+        first = self.conv2 or self.conv3
+        last = self.conv3 or self.conv2
+        assert first is not None and last is not None
+        stride = 1 if self.conv2 is None else self.conv2[0].stride[0]
+        size = [(n - 1) // stride + 1 for n in inner.shape[2:]]
+        channels, step = last[0].out_channels, 1
+        if self.down is not None:
+            channels, step = self.down[0].in_channels, self.down[0].stride[0]
+        found = [x.shape[0], x.shape[1], *((n - 1) // step + 1 for n in x.shape[2:])]
+        return inner.shape[1] == first[0].in_channels and found == [inner.shape[0], channels, *size]
+
     def decide(
         self, inner: Tensor, x: Tensor, layers: Callable[[], Any]
     ) -> tuple[Choice, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]]:
