@@ -12,11 +12,12 @@ from isa_support import rerun_below
 from torch import Tensor
 
 from resnet_fast import _library, models
-from resnet_fast.ops import conv_bn_act_direct
+from resnet_fast.ops import _pack, conv_bn_act_direct
 from resnet_fast.ops.activation import ACTIVATIONS
 from resnet_fast.plan.candidate import CANDIDATES, default_order, run_aten
 from resnet_fast.plan.site import Site, device_name
 from resnet_fast.plan.verify import random_inputs, verify
+from resnet_fast.testing import reordered
 from resnet_fast.testing.budget import expect_within_budget, in_formats
 from resnet_fast.testing.networks import randomize_batchnorm_
 
@@ -69,6 +70,15 @@ def check(site: Site) -> None:
     wide = args._make(t.double() if isinstance(t, Tensor) else t for t in args)
     truth = run_aten(x.double(), wide, None if residual is None else residual.double(), site.act)
     frameworks = in_formats(lambda a, b: run_aten(a, args, b, site.act), x, residual)
+    # The greatest error of few values is luck: the framework is asked from either end of its sums.
+    scale, shift = _pack.fold(*args[1:7])
+    frameworks.append(
+        reordered.conv_bn_act(
+            x=x, weight=args.weight, scale=scale, shift=shift, residual=residual,
+            stride=args.stride, padding=args.padding, dilation=args.dilation, groups=args.groups,
+            act=site.act,
+        )
+    )  # fmt: skip
     y = CANDIDATES["direct"].run(x, args, residual, site.act)
     assert y.dtype is dtype
     expect_within_budget(y, frameworks, truth)
