@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,40 +16,15 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast.fuse import chain as fuse_chain
-from resnet_fast.nn import chain as chain_module
-from resnet_fast.plan import cache, group
-from resnet_fast.plan import chain as place
+from resnet_fast.plan import group
 from resnet_fast.testing.budget import expect_within_budget, in_formats
 from resnet_fast.testing.networks import randomize_batchnorm_
 
 tv = pytest.importorskip("torchvision").models
 
 
-@pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def chains_on_the_cpu(monkeypatch: pytest.MonkeyPatch, verdicts: Any) -> Iterator[list[str]]:
-    """Lets chains run here, and win every measurement; the list has a row for each chain's call."""
-    calls: list[str] = []
-    run = place.run_chain
-
-    def noted(x: Tensor, residual: Tensor, operands: list[Any], *rest: Any) -> Any:
-        weights = zip(("conv2", "conv3", "down", "next"), operands[::3], strict=True)
-        calls.append("+".join(name for name, weight in weights if weight is not None))
-        return run(x, residual, operands, *rest)
-
-    monkeypatch.setenv("RESNET_FAST_CACHE_DIR", str(verdicts))
-    cache.forget()
-    monkeypatch.setattr(chain_module, "runs_on", lambda x: True)
-    monkeypatch.setattr(chain_module, "run_chain", noted)
-    monkeypatch.setattr(
-        group, "measure", lambda runs, device: {k: float(k == "layers") for k in runs}
-    )
-    yield calls
-    cache.forget()
+pytest_plugins = ("chain_support",)
+pytestmark = pytest.mark.usefixtures("chains_on_the_cpu")
 
 
 def images(batch: int = 2, size: int = 32, seed: int = 1) -> Tensor:

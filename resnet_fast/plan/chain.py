@@ -22,7 +22,7 @@ NAME = "residual_chain"
 # and what the kernel's tiles can hold (kernels/residual_chain.py).
 #
 # conv2 joins up to 128 channels. At 256 a program's 64 pixels read 1.2 MB of its weights from the
-# second-level cache, four times what they save of memory; a kernel of its own has larger tiles.
+# second-level cache to save 66 KB of memory; a kernel of its own has larger tiles.
 MAX_CONV2 = 128
 # The next convolution joins up to 256 channels. The accumulator of 512 takes every register there
 # is, and spills on sm_80 and sm_100.
