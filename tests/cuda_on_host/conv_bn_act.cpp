@@ -12,6 +12,7 @@
 namespace {
 
 using namespace resnet_fast;
+using cuda_on_host::Case;
 
 ConvShape read_shape(const Case& c) {
   const auto at = [&](const char* name) { return static_cast<int>(c.integer(name)); };
