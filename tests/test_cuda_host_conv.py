@@ -309,73 +309,60 @@ def test_narrow_groups(program: Path, shape: Conv, dtype: torch.dtype) -> None:
         assert torch.equal(actual, again)
 
 
-# One bug of each kind, and what shows it: the layer's word for it, or a wrong result.
+WAIT = "    wait_copies<Tile::kStages - 2>();\n"
+COPY_X = """swizzled(row, chunk) + within;
+      if constexpr (Tile::kCopy != 0) {
+        const bool inside = tap_[0]"""
+STRIP = """    sync_warp();
+#pragma unroll
+    for (int row = lane / kChunks"""
+FAR = "out of range|Address|wrong"
+
+# One bug of each kind: the file, its text, the text instead, and what shows it: the layer's word
+# for it, or a wrong result.
 BUGS = {
-    "a missing wait": (KERNEL, "wait_copies<Tile::kStages - 2>();", "", "race|wrong"),
-    "a wait for one group too few": (KERNEL, "kStages - 2>();", "kStages - 1>();", "race|wrong"),
+    "a missing wait": (KERNEL, WAIT, "", "race|wrong"),
+    "a wait for one group too few": (KERNEL, WAIT, WAIT.replace("2", "1"), "race|wrong"),
     "a missing barrier in the loop": (
         KERNEL,
-        "wait_copies<Tile::kStages - 2>();\n    // Everybody's copies have landed, and everybody has "
-        "left the buffer that is filled next.\n    sync_block();",
-        "wait_copies<Tile::kStages - 2>();",
+        "filled next.\n    sync_block();",
+        "filled next.\n",
         "race",
     ),
     "a missing barrier before the epilogue": (
         KERNEL,
-        "wait_copies<0>();\n  sync_block();",
-        "wait_copies<0>();",
+        "  wait_copies<0>();\n  sync_block();",
+        "  wait_copies<0>();",
         "race|wrong",
     ),
-    "a pixel too many": (
-        KERNEL,
-        "if (m >= pixels) return pixel;",
-        "",
-        "out of range|Address|wrong",
-    ),
+    "a pixel too many": (KERNEL, "if (m >= pixels)", "if (m > pixels)", FAR),
     "a store behind the last pixel": (
         KERNEL,
         "if (m < pixels && present > 0)",
         "if (m <= pixels && present > 0)",
         "guard|Address",
     ),
-    "a filter too many": (
-        KERNEL,
-        "row < filters_ && k_ < depth_",
-        "k_ < depth_",
-        "out of range|Address",
-    ),
-    "k beyond its end": (
-        KERNEL,
-        "row < filters_ && k_ < depth_",
-        "row < filters_",
-        "out of range|Address|wrong",
-    ),
+    "a filter too many": (KERNEL, "row < filters_ && k_ < depth_", "k_ < depth_", FAR),
+    "k beyond its end": (KERNEL, "row < filters_ && k_ < depth_", "row < filters_", FAR),
     "another swizzle for copies": (
         KERNEL,
-        "const int at = base + swizzled(row, chunk) + within;\n      if constexpr (Tile::kCopy != 0) {"
-        "\n        const bool inside = tap_[0]",
-        "const int at = base + swizzled(row, chunk ^ 1) + within;\n      if constexpr (Tile::kCopy != "
-        "0) {\n        const bool inside = tap_[0]",
+        COPY_X,
+        COPY_X.replace("(row, chunk)", "(row, chunk ^ 1)"),
         "wrong",
     ),
     "a halo read as if inside": (
         KERNEL,
         "(pixel.rows >> row) & (pixel.columns >> column) & 1u",
         "pixel.rows >> row & 1u",
-        "out of range|Address|wrong",
+        FAR,
     ),
     "a strip read before it is written": (
         KERNEL,
-        "    sync_warp();\n#pragma unroll\n    for (int row = lane / kChunks",
-        "#pragma unroll\n    for (int row = lane / kChunks",
+        STRIP,
+        STRIP.replace("    sync_warp();\n", ""),
         "race|wrong",
     ),
-    "weights read before they are written": (
-        GROUPED,
-        "  sync_block();\n",
-        "",
-        "race|wrong",
-    ),
+    "weights read before they are written": (GROUPED, "  sync_block();\n", "", "race|wrong"),
 }
 
 
