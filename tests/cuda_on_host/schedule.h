@@ -73,13 +73,7 @@ class Schedule {
   void run_block(const std::function<void()>& kernel) {
     start(kernel);
     in_kernel = true;
-    while (exited_ < count) {
-      const unsigned warp = next_warp();
-      const unsigned lane = next_lane(warps[warp].runnable);
-      present = warp * kLanes + lane;
-      threadIdx = thread().index;
-      thread().fiber->enter();
-    }
+    go_on(host_);
     in_kernel = false;
   }
 
@@ -107,7 +101,7 @@ class Schedule {
       act(all);
       release(present / kLanes);
     }
-    Fiber::leave();
+    go_on(*thread().fiber);
   }
 
   void sync_warp() {
@@ -125,12 +119,12 @@ class Schedule {
       ++barriers;
       for (unsigned w = 0; w < warps.size(); ++w) release(w);
     }
-    Fiber::leave();
+    go_on(*thread().fiber);
   }
 
   // Lets another thread go first, where the order is drawn.
   void yield() {
-    if (order == Order::shuffled) Fiber::leave();
+    if (order == Order::shuffled) go_on(*thread().fiber);
   }
 
   // A permutation of 0 .. n - 1 in the order asked for.
@@ -167,6 +161,15 @@ class Schedule {
   }
 
   static void life();
+
+  // From the running fiber to whose turn it is; to the host when all threads have exited.
+  void go_on(Fiber& from) {
+    if (exited_ == count) return from.switch_to(host_);
+    const unsigned warp = next_warp();
+    present = warp * kLanes + next_lane(warps[warp].runnable);
+    threadIdx = thread().index;
+    from.switch_to(*thread().fiber);
+  }
 
   void exit() {
     at_exit();
@@ -257,6 +260,7 @@ class Schedule {
   }
 
   static constexpr unsigned kNone = ~0u;
+  Fiber host_;
   const std::function<void()>* kernel_ = nullptr;
   unsigned exited_ = 0, at_barrier_ = 0, current_ = kNone;
 };
@@ -267,7 +271,7 @@ inline void Schedule::life() {
   for (;;) {
     (*schedule.kernel_)();
     schedule.exit();
-    Fiber::leave();
+    schedule.go_on(*schedule.thread().fiber);
   }
 }
 
