@@ -19,8 +19,6 @@
 // way change what they read. A sum of mma is rounded as described in instructions.h.
 #pragma once
 
-#include <utility>
-
 #include "instructions.h"
 #include "language.h"
 #include "schedule.h"
@@ -28,29 +26,29 @@
 
 namespace cuda_on_host {
 
-inline void check_copies() {
-  if (!schedule.thread().copies.empty())
-    fail("copies", "the thread exits and has not waited for %zu of its copies",
-         schedule.thread().copies.size());
+// Not in launch(), which is compiled once for each kernel.
+[[gnu::noinline]] inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes,
+                                       void (*kernel)(void*), void* arguments) {
+  if (block.count() == 0 || block.count() > 1024 || grid.count() == 0)
+    fail("launch", "a grid %s of blocks %s", text(grid), text(block));
+  gridDim = grid;
+  blockDim = block;
+  shared.resize(shared_bytes);
+  for (const uint64_t b : schedule.permutation(grid.count())) {
+    blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                    static_cast<unsigned>(b / grid.x / grid.y));
+    shared.fill();
+    schedule.run_block(kernel, arguments);
+  }
 }
 
 // The kernel's <<<grid, block, shared_bytes>>>.
 template <typename... Parameters, typename... Arguments>
 void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...),
             Arguments... arguments) {
-  if (block.count() == 0 || block.count() > 1024 || grid.count() == 0)
-    fail("launch", "a grid %s of blocks %s", text(grid), text(block));
-  gridDim = grid;
-  blockDim = block;
-  shared.resize(shared_bytes);
-  schedule.at_exit = check_copies;
-  const std::function<void()> body = [&] { kernel(arguments...); };
-  for (const uint64_t b : schedule.permutation(grid.count())) {
-    blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                    static_cast<unsigned>(b / grid.x / grid.y));
-    shared.fill();
-    schedule.run_block(body);
-  }
+  auto body = [&] { kernel(arguments...); };
+  run_grid(
+      grid, block, shared_bytes, [](void* it) { (*static_cast<decltype(body)*>(it))(); }, &body);
 }
 
 }  // namespace cuda_on_host

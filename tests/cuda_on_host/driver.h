@@ -28,7 +28,7 @@ class Case {
       std::string value;
       if (!(std::cin >> value)) fail("case", "no value for %s", name.c_str());
       if (kind == "tensor")
-        tensors.emplace_back(name, std::stoull(value));
+        tensors.emplace_back(name, std::strtoull(value.c_str(), nullptr, 10));
       else
         values_[kind + ' ' + name] = value;
     }
@@ -45,12 +45,14 @@ class Case {
     schedule.order = order == "ascending"    ? Order::ascending
                      : order == "descending" ? Order::descending
                                              : Order::shuffled;
-    schedule.random.seed(static_cast<uint32_t>(integer("seed")));
+    schedule.random.seed(static_cast<uint64_t>(integer("seed")));
   }
   Case(const Case&) = delete;
   Case& operator=(const Case&) = delete;
 
-  int64_t integer(const char* name) const { return std::stoll(value("int", name)); }
+  int64_t integer(const char* name) const {
+    return std::strtoll(value("int", name).c_str(), nullptr, 10);
+  }
   double number(const char* name) const {
     return std::strtod(value("number", name).c_str(), nullptr);
   }
@@ -59,11 +61,7 @@ class Case {
   // A buffer of exactly the tensor's size; nullptr when the case has none of that name.
   template <typename T>
   const T* input(const char* name) const {
-    const auto found = inputs_.find(name);
-    if (found == inputs_.end()) return nullptr;
-    if (found->second.bytes % sizeof(T) != 0)
-      fail("case", "tensor %s has %zu bytes", name, found->second.bytes);
-    return reinterpret_cast<const T*>(found->second.data.get());
+    return static_cast<const T*>(find(name, sizeof(T)));
   }
   // NaN in every format, between guards.
   template <typename T>
@@ -118,13 +116,22 @@ class Case {
     return false;
   }
 
+  // Not in the templates, which are compiled once for each kernel.
+  [[gnu::noinline]] const void* find(const char* name, size_t element) const {
+    const auto found = inputs_.find(name);
+    if (found == inputs_.end()) return nullptr;
+    if (found->second.bytes % element != 0)
+      fail("case", "tensor %s has %zu bytes", name, found->second.bytes);
+    return found->second.data.get();
+  }
+
   const std::string& value(const std::string& kind, const char* name) const {
     const auto found = values_.find(kind + ' ' + name);
     if (found == values_.end()) fail("case", "no %s %s", kind.c_str(), name);
     return found->second;
   }
 
-  unsigned char* guarded(const char* name, size_t bytes, bool written_out) {
+  [[gnu::noinline]] unsigned char* guarded(const char* name, size_t bytes, bool written_out) {
     Buffer data(static_cast<unsigned char*>(std::malloc(bytes + 2 * kGuard)));
     std::memset(data.get(), 0xff, bytes + 2 * kGuard);
 #if defined(CUDA_ON_HOST_ASAN)

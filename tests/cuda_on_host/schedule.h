@@ -1,14 +1,10 @@
 // The threads of a block: who runs, who waits where, and the order in which they go on.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -21,6 +17,21 @@ namespace cuda_on_host {
 // the lanes of a warp follow each other; shuffled draws who is next, at each collective the warp
 // too.
 enum class Order { ascending, descending, shuffled };
+
+class Random {
+ public:
+  void seed(uint64_t seed) { state_ = seed; }
+  // Of [0, n): splitmix64 (Steele, Lea, Flood 2014).
+  uint64_t below(uint64_t n) {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (z ^ (z >> 31)) % n;
+  }
+
+ private:
+  uint64_t state_ = 0;
+};
 
 // A cp.async under way: it reads its source when it lands.
 struct Copy {
@@ -58,7 +69,7 @@ inline const char* text(dim3 index) {
 class Schedule {
  public:
   Order order = Order::ascending;
-  std::mt19937 random;
+  Random random;
 
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -70,8 +81,10 @@ class Schedule {
   Warp& warp() { return warps[present / kLanes]; }
   unsigned lane() const { return present % kLanes; }
 
-  void run_block(const std::function<void()>& kernel) {
-    start(kernel);
+  void run_block(void (*kernel)(void*), void* arguments) {
+    kernel_ = kernel;
+    arguments_ = arguments;
+    start();
     in_kernel = true;
     go_on(host_);
     in_kernel = false;
@@ -130,18 +143,14 @@ class Schedule {
   // A permutation of 0 .. n - 1 in the order asked for.
   std::vector<uint64_t> permutation(uint64_t n) {
     std::vector<uint64_t> all(n);
-    std::iota(all.begin(), all.end(), uint64_t{0});
-    if (order == Order::descending) std::reverse(all.begin(), all.end());
-    if (order == Order::shuffled) std::shuffle(all.begin(), all.end(), random);
+    for (uint64_t i = 0; i < n; ++i) all[i] = order == Order::descending ? n - 1 - i : i;
+    if (order == Order::shuffled)
+      for (uint64_t i = n; i > 1; --i) std::swap(all[i - 1], all[random.below(i)]);
     return all;
   }
 
-  // Called on the thread's own fiber when its kernel has returned.
-  std::function<void()> at_exit;
-
  private:
-  void start(const std::function<void()>& kernel) {
-    kernel_ = &kernel;
+  void start() {
     count = static_cast<unsigned>(blockDim.count());
     const unsigned lanes = (count + kLanes - 1) / kLanes * kLanes;
     while (threads.size() < lanes) threads.emplace_back();
@@ -172,7 +181,9 @@ class Schedule {
   }
 
   void exit() {
-    at_exit();
+    if (!thread().copies.empty())
+      fail("copies", "the thread exits and has not waited for %zu of its copies",
+           thread().copies.size());
     Warp& mine = warp();
     const unsigned first = present - lane();
     for (unsigned l = 0; l < kLanes; ++l) {
@@ -204,8 +215,9 @@ class Schedule {
   }
 
   bool at_block_barrier(unsigned first) const {
-    return std::any_of(threads.begin() + first, threads.begin() + first + kLanes,
-                       [](const Thread& t) { return t.waits_at == kBlockBarrier; });
+    for (unsigned t = first; t < first + kLanes; ++t)
+      if (threads[t].waits_at == kBlockBarrier) return true;
+    return false;
   }
 
   unsigned next_warp() {
@@ -217,7 +229,7 @@ class Schedule {
       for (unsigned w = 0; w < n; ++w)
         if (ready(w)) all.push_back(w);
       if (all.empty()) deadlock();
-      return current_ = all[random() % all.size()];
+      return current_ = all[random.below(all.size())];
     }
     for (unsigned i = 0; i < n; ++i) {
       const unsigned w = order == Order::ascending ? i : n - 1 - i;
@@ -229,7 +241,7 @@ class Schedule {
   unsigned next_lane(uint32_t runnable) {
     if (order == Order::ascending) return static_cast<unsigned>(std::countr_zero(runnable));
     if (order == Order::descending) return 31 - static_cast<unsigned>(std::countl_zero(runnable));
-    for (auto skip = random() % static_cast<unsigned>(std::popcount(runnable)); skip > 0; --skip)
+    for (auto skip = random.below(static_cast<unsigned>(std::popcount(runnable))); skip; --skip)
       runnable &= runnable - 1;
     return static_cast<unsigned>(std::countr_zero(runnable));
   }
@@ -261,7 +273,8 @@ class Schedule {
 
   static constexpr unsigned kNone = ~0u;
   Fiber host_;
-  const std::function<void()>* kernel_ = nullptr;
+  void (*kernel_)(void*) = nullptr;
+  void* arguments_ = nullptr;
   unsigned exited_ = 0, at_barrier_ = 0, current_ = kNone;
 };
 
@@ -269,7 +282,7 @@ inline Schedule schedule;
 
 inline void Schedule::life() {
   for (;;) {
-    (*schedule.kernel_)();
+    schedule.kernel_(schedule.arguments_);
     schedule.exit();
     schedule.go_on(*schedule.thread().fiber);
   }
