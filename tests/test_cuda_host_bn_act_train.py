@@ -167,9 +167,7 @@ class Problem:
 
     def truth_and_frameworks(self) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         narrow = torch.float32 if self.dtype == torch.float64 else self.dtype
-        frameworks = [
-            self.evaluate(f, narrow) for f in (REFERENCE, REORDERED["bn_act_train"])
-        ]
+        frameworks = [self.evaluate(f, narrow) for f in (REFERENCE, REORDERED["bn_act_train"])]
         truth = self.evaluate(REFERENCE, torch.float64)
         # Torch's sums over so many values stray further in fp64 than an fp64 result may.
         for c, line in enumerate(self.x.double().transpose(0, 1).flatten(1).tolist()):
