@@ -233,7 +233,7 @@ __device__ inline void store_moments(const Lanes<T, Tile>& lanes, LaneMoments<kL
 // values, which is what the next pass reads: the pass over z that would measure them is not made.
 // NORMALISE applies the batch norm in front (NormalisingLoader): its output is not stored.
 template <typename T, typename Tile, bool NORMALISE>
-__global__ void __launch_bounds__(Tile::kTileThreads)
+__global__ void __launch_bounds__(Tile::kTileThreads, 1)
     conv_stats_kernel(ConvShape shape, const T* __restrict__ x, const T* __restrict__ weight,
                       ConvPrologue prologue, T* __restrict__ z, conv::Moments* __restrict__ moments,
                       bool wide) {
