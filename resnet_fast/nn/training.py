@@ -1,9 +1,9 @@
 """A residual block's training step with fewer passes over memory, where a GPU has the kernels.
 
-Layer by layer a convolution's output crosses memory four times on its way through batch norm: it is
-written, read to be measured, read to be normalised, and written again for the next convolution. By
-:mod:`resnet_fast.ops.conv_stats` the convolution measures its own output, and the next one
-normalises it while it loads: a block stores its convolutions' outputs and its own, and nothing else.
+Layer by layer a convolution's output crosses memory four times on its way through batch norm: it
+is written, read to be measured, read to be normalised, and written again for the next convolution.
+By :mod:`resnet_fast.ops.conv_stats` the convolution measures its own output, and the next one
+normalises it while it loads: a block stores its convolutions' outputs and its own, nothing else.
 
 The modules stay what they are, and their running statistics are kept as torch keeps them. A block
 runs so only once it has been verified, gradients included, and has won against its layers on the
@@ -59,7 +59,7 @@ class BlockTraining:
             return None
         if is_autocasting(x.device):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        convs, norms = _pairs(block)
+        _, norms = _pairs(block)
         place = _place(block, x)
         if not _has_kernels(x, place):
             return None
@@ -118,11 +118,8 @@ def _is_trainable(block: Any) -> bool:
         or any(_hooks(down))
     ):
         return False
-    if (
-        type(block.relu) is not nn.ReLU
-        or "forward" in block.relu.__dict__
-        or any(_hooks(block.relu))
-    ):
+    relu = block.relu
+    if type(relu) is not nn.ReLU or "forward" in relu.__dict__ or any(_hooks(relu)):
         return False
     return all(map(_is_plain, *_pairs(block)))
 

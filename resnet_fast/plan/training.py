@@ -1,10 +1,10 @@
-"""A residual block's training step by ``conv_stats``: its identity, its verification, its layers."""
+"""A residual block's training step by ``conv_stats``: what it is, and how it is verified."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ class TrainBlock(NamedTuple):
         left = iter(tensors)
 
         def taken(conv: TrainConv) -> TrainConv:
-            return TrainConv(*(None if t is None else next(left) for t in conv[:3]), *conv[3:])
+            weight, gamma, beta = (None if t is None else next(left) for t in conv[:3])
+            return conv._replace(weight=weight, bn_weight=gamma, bn_bias=beta)
 
         convs = tuple(map(taken, self.convs))
         return TrainBlock(convs, None if self.down is None else taken(self.down), self.act)
@@ -70,6 +71,21 @@ class Measured(NamedTuple):
     rstd: Tensor
 
 
+# A block's output, alone or with what was measured.
+Run = Callable[[Tensor, TrainBlock], Any]
+
+
+class Front(NamedTuple):
+    """The batch norm and activation in front of a convolution; nothing by default."""
+
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    bn_eps: float = 0.0
+    act: str = "none"
+
+
 def run_fused(x: Tensor, block: TrainBlock) -> tuple[Tensor, list[Measured]]:
     """The block by its ops: ``conv_stats`` a convolution, and ``norm_act`` for its output.
 
@@ -77,30 +93,25 @@ def run_fused(x: Tensor, block: TrainBlock) -> tuple[Tensor, list[Measured]]:
         The output, and what was measured: the convolutions' in order, the projection's last.
     """
     found: list[Measured] = []
-    z, front = x, ()
+    z, front = x, Front()
     for conv in block.convs:
-        found.append(Measured(*_measure(z, conv, front)))
+        found.append(_convolved(z, conv, front))
         z = found[-1].z
-        front = (*found[-1][1:], conv.bn_weight, conv.bn_bias, conv.eps, block.act)
+        front = Front(*found[-1][1:], conv.bn_weight, conv.bn_bias, conv.eps, block.act)
     residual = x
     if block.down is not None:
-        down = Measured(*_measure(x, block.down, ()))
-        found.append(down)
-        affine = (block.down.bn_weight, block.down.bn_bias)
-        residual = ops.norm_act(*down, *affine, None, block.down.eps, "none")
-    last = block.convs[-1]
-    affine = (last.bn_weight, last.bn_bias)
-    y = ops.norm_act(*found[len(block.convs) - 1], *affine, residual, last.eps, block.act)
+        down = block.down
+        found.append(_convolved(x, down, Front()))
+        affine = (down.bn_weight, down.bn_bias)
+        residual = ops.norm_act(*found[-1], *affine, None, down.eps, "none")
+    last = found[len(block.convs) - 1]
+    y = ops.norm_act(*last, front.bn_weight, front.bn_bias, residual, front.bn_eps, block.act)
     return y, found
 
 
-def _measure(
-    z: Tensor, conv: TrainConv, front: tuple[object, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    front = front or (None, None, None, None, 0.0, "none")
-    return ops.conv_stats(
-        z, conv.weight, *front, *map(list, conv.geometry[:3]), conv.groups, conv.eps
-    )  # type: ignore[arg-type]
+def _convolved(z: Tensor, conv: TrainConv, front: Front) -> Measured:
+    geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    return Measured(*ops.conv_stats(z, conv.weight, *front, *geometry, conv.eps))
 
 
 def run_layers(x: Tensor, block: TrainBlock) -> Tensor:
@@ -117,12 +128,12 @@ def run_layers(x: Tensor, block: TrainBlock) -> Tensor:
     return activation.value(block.act, layer(y, block.convs[-1]) + residual)
 
 
-def step(run: object, x: Tensor, block: TrainBlock, grad: Tensor) -> list[Tensor]:
+def step(run: Run, x: Tensor, block: TrainBlock, grad: Tensor) -> list[Tensor]:
     """Output and gradients of x and of every parameter, of tensors that nothing else knows."""
     x = x.detach().requires_grad_()
     parameters = [p.detach().requires_grad_() for p in block.parameters]
     with torch.enable_grad():
-        result = run(x, block.with_parameters(parameters))  # type: ignore[operator]
+        result = run(x, block.with_parameters(parameters))
         y = result[0] if isinstance(result, tuple) else result
         return [y.detach(), *torch.autograd.grad(y, [x, *parameters], grad)]
 
@@ -182,8 +193,5 @@ def _draw(x: Tensor, block: TrainBlock) -> tuple[Tensor, TrainBlock]:
 
     images = torch.randn((2, *x.shape[1:]), generator=generator).to(x.device, x.dtype)
     layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    drawn = [
-        like(p, math.prod(p.shape[1:]) ** -0.5) if p.dim() > 1 else like(p)
-        for p in block.parameters
-    ]
+    drawn = [like(p, math.prod(p.shape[1:]) ** -0.5) for p in block.parameters]
     return images.contiguous(memory_format=layout), block.with_parameters(drawn)
