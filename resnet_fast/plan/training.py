@@ -56,7 +56,8 @@ class TrainBlock(NamedTuple):
         left = iter(tensors)
 
         def taken(conv: TrainConv) -> TrainConv:
-            weight, gamma, beta = (None if t is None else next(left) for t in conv[:3])
+            weight = next(left)
+            gamma, beta = (None if t is None else next(left) for t in conv[1:3])
             return conv._replace(weight=weight, bn_weight=gamma, bn_bias=beta)
 
         convs = tuple(map(taken, self.convs))
