@@ -27,11 +27,17 @@
 
 namespace cuda_on_host {
 
+// Of a block on sm_90; of a grid in y and z.
+inline constexpr uint64_t kMostThreads = 1024;
+inline constexpr size_t kMostShared = size_t{227} << 10;
+inline constexpr unsigned kMostBlocks = 65535;
+
 // Not in launch(), which is compiled once for each kernel.
 [[gnu::noinline]] inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes,
                                        void (*kernel)(void*), void* arguments) {
-  if (block.count() == 0 || block.count() > 1024 || grid.count() == 0)
-    fail("launch", "a grid %s of blocks %s", text(grid), text(block));
+  if (block.count() == 0 || block.count() > kMostThreads || grid.count() == 0 ||
+      grid.y > kMostBlocks || grid.z > kMostBlocks || shared_bytes > kMostShared)
+    fail("launch", "a grid %s of blocks %s with %zu bytes", text(grid), text(block), shared_bytes);
   gridDim = grid;
   blockDim = block;
   shared.resize(shared_bytes);
