@@ -76,6 +76,17 @@ __global__ void copy(const uint32_t* in, uint32_t* out) {
   to[32] = shared[7];
 }
 
+// Of each of two blocks, out: the 32-bit address of the shared memory, its pointer's, the last word
+// before the block has written it.
+__global__ void look(uint32_t words, uint32_t* out) {
+  auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
+  uint32_t* to = out + blockIdx.x * 3;
+  to[0] = shared_address(shared);
+  to[1] = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(shared));
+  to[2] = shared[words - 1];
+  shared[words - 1] = 0;
+}
+
 // Every thread of the grid adds its own number; out: the sum, then what each has met.
 __global__ void add(uint32_t* out) {
   const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
