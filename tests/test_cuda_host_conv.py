@@ -24,6 +24,7 @@ from resnet_fast.testing.budget import within_budget
 TF32 = torch.float32
 DTYPES = (torch.float16, torch.bfloat16, TF32)
 KERNEL = "csrc/cuda/conv_bn_act.cuh"
+GEMM = "csrc/cuda/implicit_gemm.cuh"
 DRIVER = "tests/cuda_on_host/conv_bn_act.cpp"
 GROUPED = "csrc/cuda/conv_bn_act_grouped.cuh"
 
@@ -313,53 +314,52 @@ WAIT = "    wait_copies<Tile::kStages - 2>();\n"
 COPY_X = """swizzled(row, chunk) + within;
       if constexpr (Tile::kCopy != 0) {
         const bool inside = tap_[0]"""
-STRIP = """    sync_warp();
-#pragma unroll
-    for (int row = lane / kChunks"""
+STRIP = """      sync_warp();
+      float value[kTurns]"""
 FAR = "out of range|Address|wrong"
 
 # One bug of each kind: the file, its text, the text instead, and what shows it: the layer's word
 # for it, or a wrong result.
 BUGS = {
-    "a missing wait": (KERNEL, WAIT, "", "race|wrong"),
-    "a wait for one group too few": (KERNEL, WAIT, WAIT.replace("2", "1"), "race|wrong"),
+    "a missing wait": (GEMM, WAIT, "", "race|wrong"),
+    "a wait for one group too few": (GEMM, WAIT, WAIT.replace("2", "1"), "race|wrong"),
     "a missing barrier in the loop": (
-        KERNEL,
+        GEMM,
         "filled next.\n    sync_block();",
         "filled next.\n",
         "race",
     ),
     "a missing barrier before the epilogue": (
-        KERNEL,
+        GEMM,
         "  wait_copies<0>();\n  sync_block();",
         "  wait_copies<0>();",
         "race|wrong",
     ),
-    "a pixel too many": (KERNEL, "if (m >= pixels)", "if (m > pixels)", FAR),
+    "a pixel too many": (GEMM, "if (m >= pixels)", "if (m > pixels)", FAR),
     "a store behind the last pixel": (
         KERNEL,
-        "if (m < pixels && present > 0)",
-        "if (m <= pixels && present > 0)",
+        "if (m >= place.pixels || present <= 0)",
+        "if (m > place.pixels || present <= 0)",
         "guard|Address",
     ),
-    "a filter too many": (KERNEL, "row < filters_ && k_ < depth_", "k_ < depth_", FAR),
-    "k beyond its end": (KERNEL, "row < filters_ && k_ < depth_", "row < filters_", FAR),
+    "a filter too many": (GEMM, "row < filters_ && k_ < depth_", "k_ < depth_", FAR),
+    "k beyond its end": (GEMM, "row < filters_ && k_ < depth_", "row < filters_", FAR),
     "another swizzle for copies": (
-        KERNEL,
+        GEMM,
         COPY_X,
         COPY_X.replace("(row, chunk)", "(row, chunk ^ 1)"),
         "wrong",
     ),
     "a halo read as if inside": (
-        KERNEL,
+        GEMM,
         "(pixel.rows >> row) & (pixel.columns >> column) & 1u",
         "pixel.rows >> row & 1u",
         FAR,
     ),
     "a strip read before it is written": (
-        KERNEL,
+        GEMM,
         STRIP,
-        STRIP.replace("    sync_warp();\n", ""),
+        STRIP.replace("      sync_warp();\n", ""),
         "race|wrong",
     ),
     "weights read before they are written": (GROUPED, "  sync_block();\n", "", "race|wrong"),

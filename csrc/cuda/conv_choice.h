@@ -93,14 +93,22 @@ inline int choose_conv_parts(int element_bytes, const ConvShape& s, int tile) {
   return parts;
 }
 
+// Whether the tile has a kernel for copies of `copy` bytes.
+inline bool has_conv_kernel(int element_bytes, int tile, int copy) {
+  return tile >= 0 && (element_bytes == 2 || kConvTiles[tile].float32) &&
+         (copy == 16 || tile == kTallTile);
+}
+
 // What a call over aligned tensors runs, for people and as a key: "128x64x3/2/16" for a tile, parts
-// of k and bytes of a copy, or "grouped". `tile` as the op takes it.
+// of k and bytes of a copy, or "grouped"; empty where there is no such kernel. `tile` as the op
+// takes it.
 inline std::string conv_variant(int element_bytes, const ConvShape& s, std::string_view tile) {
-  if (tile == kGroupedTile || (tile.empty() && is_narrow_group(element_bytes, s)))
-    return std::string(kGroupedTile);
+  if (tile.empty() && is_narrow_group(element_bytes, s)) tile = kGroupedTile;
+  if (tile == kGroupedTile)
+    return std::string(is_narrow_group(element_bytes, s) ? kGroupedTile : "");
   const int copy = conv_copy_bytes(element_bytes, s);
   const int index = tile.empty() ? choose_conv_tile(element_bytes, s, copy) : find_conv_tile(tile);
-  if (index < 0) return "";
+  if (!has_conv_kernel(element_bytes, index, copy)) return "";
   return std::string(kConvTiles[index].name) + "/" +
          std::to_string(choose_conv_parts(element_bytes, s, index)) + "/" + std::to_string(copy);
 }
