@@ -167,6 +167,7 @@ def test_a_warp_barrier_orders_a_warp_and_no_more() -> None:
                 order=order,
                 kernel="synchronise",
                 words=65,
+                bytes=0,
             )
 
 
