@@ -244,19 +244,26 @@ def test_atomic_addition(order: str) -> None:
 
 
 def test_the_order_of_blocks_and_threads() -> None:
+    threads, block = 12 * 60, 60
+
     def visits(order: str, seed: int = 0) -> list[int]:
-        out = instruction("visit", 481, order=order, seed=seed).tolist()
-        assert out[0] == 480
+        out = instruction("visit", 1 + 2 * threads, order=order, seed=seed).tolist()
+        assert out[0] == 2 * threads
         return out[1:]
 
-    twice = [thread for thread in range(240) for _ in range(2)]
+    twice = [thread for thread in range(threads) for _ in range(2)]
     assert visits("ascending") == twice
     assert visits("descending") == twice[::-1]
     drawn = visits("shuffled", 1)
     assert sorted(drawn) == twice
     assert drawn == visits("shuffled", 1) != visits("shuffled", 2)
-    # Blocks of 60 threads run one after the other; their lanes mix, and at an atomic too.
-    blocks = [thread // 60 for thread in drawn]
-    assert all(len(set(blocks[at : at + 120])) == 1 for at in range(0, 480, 120))
-    assert drawn[:120] != sorted(drawn[:120])
-    assert any(drawn[at] != drawn[at + 1] for at in range(0, 480, 2))
+    # Blocks run one after the other, in an order of their own; their lanes mix, at an atomic too.
+    each = [drawn[at : at + 2 * block] for at in range(0, 2 * threads, 2 * block)]
+    came = [visited[0] // block for visited in each]
+    assert came != sorted(came)
+    assert all(
+        {thread // block for thread in visited} == {b}
+        for visited, b in zip(each, came, strict=True)
+    )
+    assert all(visited != sorted(visited) for visited in each)
+    assert any(drawn[at] != drawn[at + 1] for at in range(0, 2 * threads, 2))

@@ -141,7 +141,7 @@ bool select(const std::string& kernel, const Launch& launch, const uint32_t* in,
   else if (kernel == "add")
     launch(3, 70, 0, add, out);
   else if (kernel == "visit")
-    launch(dim3(2, 1, 2), dim3(5, 3, 4), 0, visit, out);
+    launch(dim3(2, 3, 2), dim3(5, 3, 4), 0, visit, out);
   else if (kernel == "synchronise")
     launch(1, 64, 64 * 4, synchronise, in, out);
   else
