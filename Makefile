@@ -6,7 +6,7 @@ TORCH  ?= 2.13.0
 python  := $(VENV)/bin/python
 pip     := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 sources := setup.py $(shell find csrc -type f)
-cpp     := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+cpp     := $(shell find csrc tests/cuda_on_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint wheel wheel-check asan clean
 
