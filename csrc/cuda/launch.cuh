@@ -24,6 +24,18 @@ int64_t resident_blocks(const Tensor& t) {
   return int64_t{multiprocessors} * per_multiprocessor;
 }
 
+// The dynamic shared memory of KERNEL's launches, in bytes: a block has 48 KB without asking, and
+// what is more is asked for here, of the current device. The symbol stays in the object: from it
+// the build reads what the launches take (kernels/cuda_resources.py).
+template <auto KERNEL, int BYTES>
+[[gnu::used]] size_t shared_bytes() {
+  if constexpr (BYTES > 48 * 1024) {
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
+  }
+  return BYTES;
+}
+
 inline dim3 grid_dim(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= INT32_MAX, "tensor too large for one launch");
   return dim3(static_cast<unsigned>(blocks));
