@@ -220,7 +220,7 @@ def native_module() -> Extension:
         ["csrc/native.cpp"],
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "build/generated")],
         depends=[
-            *headers("csrc", "csrc/math", "csrc/cpu"),
+            *headers("csrc", "csrc/math", "csrc/cpu", "csrc/cuda"),
             "build/generated/build_info.h",
             VARIANTS,
         ],

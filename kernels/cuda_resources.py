@@ -69,9 +69,9 @@ def limits(arch: str) -> Limits | None:
 class Resources:
     """What one kernel takes on one architecture.
 
-    ``shared`` is static, ``dynamic_shared`` the most that a launch asks for, None where nothing
-    says how much; ``local`` is stack and spills in bytes a thread; ``threads`` is the launch bound,
-    None without one.
+    ``shared`` is static, ``dynamic_shared`` the most that a launch asks for, None where that is
+    settled at the launch; ``local`` is stack and spills in bytes a thread; ``threads`` is the
+    launch bound, None without one.
     """
 
     name: str
@@ -185,8 +185,8 @@ _ENTRY = re.compile(
     re.MULTILINE,
 )
 _VERSION = re.compile(r"\btoolkit=(\d\d)\.?(\d+)")  # 13.0, and 124 of older cubins
-# resnet_fast::shared_bytes<&(KERNEL), BYTES>() of csrc/cuda/launch.cuh.
-_SHARED_BYTES = re.compile(r"shared_bytes<&\((.*)\), (\d+)>\(\)$")
+# resnet_fast::shared_bytes<&(KERNEL), BYTES>(int) of csrc/cuda/launch.cuh.
+_SHARED_BYTES = re.compile(r"shared_bytes<&\((.*)\), (\d+)>\(int\)$")
 
 
 def _shared_bytes(binary: Path) -> dict[str, int]:
@@ -232,9 +232,10 @@ def read(binary: Path, tool: Path) -> tuple[list[Resources], str | None]:
     for (mangled, arch), row in rows.items():
         # From 9.0 on the system's part is counted where a kernel has shared memory at all.
         system = _SHARED_OF_SYSTEM if int(arch.rstrip("af")) >= 90 and row["shared"] else 0
-        uses = (mangled, arch) in sharing
         static = row["shared"] - system
-        known = dynamic.get(names[mangled], None if uses and static == 0 else 0)
+        # A section for shared memory that is not static is there for dynamic memory.
+        asks = (mangled, arch) in sharing and static == 0
+        known = dynamic.get(names[mangled], None if asks else 0)
         found.append(
             Resources(
                 name=names[mangled],

@@ -31,6 +31,8 @@ SHARED = {
 # Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}
 CUDA = {"add_act", "bn_act"}
+# Ops whose CUDA kernel is a registration of its own: the plan chooses it, or another.
+CUDA_FORMS = {"conv_bn_act"}
 # The algorithms of the sources that are named for their op alone.
 UNNAMED = {
     "conv_bn_act": ["panel_gemm", "depthwise"],
@@ -80,7 +82,17 @@ def inside(name: str, module: str) -> bool:
 
 def test_schemas_are_the_listed_ops_their_backwards_and_parts() -> None:
     listed = {*ops.OPS, *ops.FUSED}
-    assert set(schemas()) == listed | set(PRIVATE.values()) | PARTS | set(SHARED)
+    forms = {f"_{op}_cuda" for op in CUDA_FORMS}
+    assert set(schemas()) == listed | set(PRIVATE.values()) | PARTS | set(SHARED) | forms
+
+
+@pytest.mark.parametrize("op", sorted(CUDA_FORMS))
+def test_an_ops_cuda_form_has_its_parts(op: str) -> None:
+    assert f'm.impl("_{op}_cuda"' in read(f"csrc/cuda/{op}.cu")
+    assert f'register_fake("resnet_fast::_{op}_cuda"' in read(f"resnet_fast/ops/{op}_cuda.py")
+    read(f"tests/cuda_on_host/{op}.cpp")
+    taken, added = argument_names(schemas()[op]), argument_names(schemas()[f"_{op}_cuda"])
+    assert added[: len(taken)] == taken
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd", "onednn"])

@@ -129,7 +129,7 @@ __global__ void scatter_kernel(float* x, int n) {
 }
 void launch_rotate(float* x) {
   constexpr auto kKernel = rotate_kernel<float, 3>;
-  kKernel<<<1, 64, shared_bytes<kKernel, 60000>()>>>(x);
+  kKernel<<<1, 64, shared_bytes<kKernel, 60000>(0)>>>(x);
   rotate_kernel<float, 4><<<1, 64, 256>>>(x);
   scatter_kernel<<<1, 64>>>(x, 3);
 }

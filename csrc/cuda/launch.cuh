@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "../stable.h"
 #include "grid.h"
 
@@ -25,13 +27,18 @@ int64_t resident_blocks(const Tensor& t) {
 }
 
 // The dynamic shared memory of KERNEL's launches, in bytes: a block has 48 KB without asking, and
-// what is more is asked for here, of the current device. The symbol stays in the object: from it
-// the build reads what the launches take (kernels/cuda_resources.py).
+// what is more is asked for here, once a device, which is the current one. The symbol stays in the
+// object: from it the build reads what the launches take (kernels/cuda_resources.py).
 template <auto KERNEL, int BYTES>
-[[gnu::used]] size_t shared_bytes() {
+[[gnu::used]] size_t shared_bytes(int device) {
+  static std::atomic<uint64_t> granted{0};
   if constexpr (BYTES > 48 * 1024) {
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if ((granted.load(std::memory_order_relaxed) & bit) == 0) {
+      STD_CUDA_CHECK(
+          cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
+      granted.fetch_or(bit, std::memory_order_relaxed);
+    }
   }
   return BYTES;
 }
@@ -39,12 +46,6 @@ template <auto KERNEL, int BYTES>
 inline dim3 grid_dim(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= INT32_MAX, "tensor too large for one launch");
   return dim3(static_cast<unsigned>(blocks));
-}
-
-// A view that starts inside a storage may be misaligned; it then takes the scalar kernel.
-template <typename... Pointers>
-bool aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % kVectorBytes == 0) && ...);
 }
 
 template <typename T>
