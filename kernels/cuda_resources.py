@@ -180,7 +180,7 @@ _ENTRY = re.compile(
     r"|^ Function (?P<kernel>\S+):\n"
     r"  REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)"
     r"|^\.nv\.info\.(?P<info>\S+)$"
-    r"|^\.nv\.shared\.(?P<dynamic>\S+)$"
+    r"|EIATTR_(?P<barrier>NUM_BARRIERS)$"
     r"|EIATTR_(?:MAX_THREADS|REQNTID)\n.*\n\s*Value:\s*(?P<block>0x\w+ 0x\w+ 0x\w+)",
     re.MULTILINE,
 )
@@ -206,7 +206,7 @@ def read(binary: Path, tool: Path) -> tuple[list[Resources], str | None]:
     text = _run(tool, "-res-usage", "-elf", str(binary))
     rows: dict[tuple[str, str], dict[str, int]] = {}
     threads: dict[tuple[str, str], int] = {}
-    sharing: set[tuple[str, str]] = set()
+    waiting: set[tuple[str, str]] = set()
     arch = described = ""
     for entry in _ENTRY.finditer(text):
         if entry["arch"]:
@@ -217,8 +217,8 @@ def read(binary: Path, tool: Path) -> tuple[list[Resources], str | None]:
                 raise ResourceError(f"{binary.name} has two kernels {entry['kernel']} for {arch}")
         elif entry["info"]:
             described = entry["info"]
-        elif entry["dynamic"]:
-            sharing.add((entry["dynamic"], arch))
+        elif entry["barrier"]:
+            waiting.add((described, arch))
         else:
             x, y, z = (int(size, 16) for size in entry["block"].split())
             threads[described, arch] = x * y * z
@@ -233,8 +233,8 @@ def read(binary: Path, tool: Path) -> tuple[list[Resources], str | None]:
         # From 9.0 on the system's part is counted where a kernel has shared memory at all.
         system = _SHARED_OF_SYSTEM if int(arch.rstrip("af")) >= 90 and row["shared"] else 0
         static = row["shared"] - system
-        # A section for shared memory that is not static is there for dynamic memory.
-        asks = (mangled, arch) in sharing and static == 0
+        # The code does not say that it has dynamic memory; what threads share takes a barrier.
+        asks = (mangled, arch) in waiting and static == 0
         known = dynamic.get(names[mangled], None if asks else 0)
         found.append(
             Resources(

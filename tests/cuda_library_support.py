@@ -15,7 +15,7 @@ EVERY = os.environ.get("RESNET_FAST_CUDA") == "all"
 
 
 def built_library() -> tuple[Path, Path]:
-    """The library and cuobjdump; skips the module where one of them is absent."""
+    """The library and cuobjdump; the module is skipped where one of them is absent."""
     path = cuda_resources.library("_C_cuda_all" if EVERY else "_C_cuda")
     if path is None:
         if EVERY:
