@@ -185,17 +185,17 @@ _ENTRY = re.compile(
     re.MULTILINE,
 )
 _VERSION = re.compile(r"\btoolkit=(\d\d)\.?(\d+)")  # 13.0, and 124 of older cubins
-# resnet_fast::shared_bytes<&(KERNEL), BYTES>(int) of csrc/cuda/launch.cuh.
-_SHARED_BYTES = re.compile(r"shared_bytes<&\((.*)\), (\d+)>\(int\)$")
+# resnet_fast::allow_shared_memory<&(KERNEL), BYTES>(int, BYTES) of csrc/cuda/launch.cuh.
+_GRANT = re.compile(r"allow_shared_memory<&\((.*)\), std::integral_constant<int, (\d+)> ?>\(int")
 
 
-def _shared_bytes(binary: Path) -> dict[str, int]:
+def _granted(binary: Path) -> dict[str, int]:
     """Dynamic shared memory of the launches, by the kernel's tidy name, from the host's symbols."""
     words = (line.split()[-1] for line in _run("nm", str(binary)).splitlines() if line.strip())
-    names = [word for word in words if "shared_bytesIXad" in word and "." not in word]
+    names = [word for word in words if "allow_shared_memoryIXad" in word and "." not in word]
     found: dict[str, int] = {}
     for text in _demangle(names).values() if names else ():
-        if match := _SHARED_BYTES.search(text):
+        if match := _GRANT.search(text):
             kernel = tidy(match[1])
             found[kernel] = max(found.get(kernel, 0), int(match[2]))
     return found
@@ -227,7 +227,7 @@ def read(binary: Path, tool: Path) -> tuple[list[Resources], str | None]:
     names = {m: tidy(d) for m, d in _demangle(sorted({name for name, _ in rows})).items()}
     if len(set(names.values())) < len(names):
         raise ResourceError(f"{binary.name} has kernels of one name")
-    dynamic = _shared_bytes(binary)
+    dynamic = _granted(binary)
     found = []
     for (mangled, arch), row in rows.items():
         # From 9.0 on the system's part is counted where a kernel has shared memory at all.

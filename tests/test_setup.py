@@ -127,10 +127,11 @@ __global__ void scatter_kernel(float* x, int n) {
   __syncthreads();
   x[n] = shared[threadIdx.x];
 }
-void launch_rotate(float* x) {
-  constexpr auto kKernel = rotate_kernel<float, 3>;
-  kKernel<<<1, 64, shared_bytes<kKernel, 60000>(0)>>>(x);
-  rotate_kernel<float, 4><<<1, 64, 256>>>(x);
+void launch_rotate(float* x, int bytes) {
+  allow_shared_memory<rotate_kernel<float, 3>>(0, std::integral_constant<int, 60000>{});
+  rotate_kernel<float, 3><<<1, 64, 60000>>>(x);
+  allow_shared_memory<rotate_kernel<float, 4>>(0, bytes);
+  rotate_kernel<float, 4><<<1, 64, bytes>>>(x);
   scatter_kernel<<<1, 64>>>(x, 3);
 }
 }  // namespace resnet_fast

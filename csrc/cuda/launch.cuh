@@ -26,21 +26,16 @@ int64_t resident_blocks(const Tensor& t) {
   return int64_t{multiprocessors} * per_multiprocessor;
 }
 
-// The dynamic shared memory of KERNEL's launches, in bytes: a block has 48 KB without asking, and
-// what is more is asked for here, once a device, which is the current one. The symbol stays in the
-// object: from it the build reads what the launches take (kernels/cuda_resources.py).
-template <auto KERNEL, int BYTES>
-[[gnu::used]] size_t shared_bytes(int device) {
+// Grants KERNEL that much dynamic shared memory, once a device; 48 KB need no grant. A number that is
+// a std::integral_constant shows in the symbol, from which the build reads what the launches take
+// (kernels/cuda_resources.py).
+template <auto KERNEL, typename Bytes>
+[[gnu::used]] void allow_shared_memory(int device, Bytes bytes) {
   static std::atomic<uint64_t> granted{0};
-  if constexpr (BYTES > 48 * 1024) {
-    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-    if ((granted.load(std::memory_order_relaxed) & bit) == 0) {
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES));
-      granted.fetch_or(bit, std::memory_order_relaxed);
-    }
-  }
-  return BYTES;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (bytes <= 48 * 1024 || (granted.load(std::memory_order_relaxed) & bit) != 0) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  granted.fetch_or(bit, std::memory_order_relaxed);
 }
 
 inline dim3 grid_dim(int64_t blocks) {
