@@ -87,7 +87,8 @@ def of(name: str) -> Callable[..., Work] | None:
     from resnet_fast import ops
 
     op = base(name)
-    if name not in (op, f"_{op}_triton", f"_{op}_cuda") or op not in (*ops.OPS, *ops.FUSED):
+    listed = (*ops.OPS, *ops.FUSED, *ops.TRAINING)
+    if name not in (op, f"_{op}_triton", f"_{op}_cuda") or op not in listed:
         return None
     work = getattr(ops.module(op), "work", None)
     if work is None or name == op:
