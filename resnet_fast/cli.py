@@ -166,8 +166,13 @@ def collect_info() -> dict[str, Any]:
     }
 
 
-@app.command(epilog=_examples("info", "info --json | jq .libraries"))
-def info(json_: Json = False) -> None:
+@app.command(epilog=_examples("info", "info --variants", "info --json | jq .libraries"))
+def info(
+    variants: Annotated[
+        bool, typer.Option("--variants", help="A row a CUDA kernel and architecture instead.")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """Show versions, libraries (or why one is absent), CPU, GPU.
 
     Also the build, the compiled kernels and the cache. What is absent is no error.
@@ -178,6 +183,11 @@ def info(json_: Json = False) -> None:
         return
     from rich.table import Table
 
+    from resnet_fast.kernel_report import summary, table_of_variants
+
+    if variants:
+        _console().print(table_of_variants(facts["kernels"], facts["build"]), highlight=False)
+        return
     table = Table.grid(padding=(0, 2))
 
     for name, version in facts["versions"].items():
@@ -196,11 +206,8 @@ def info(json_: Json = False) -> None:
     table.add_row("GPU", shown)
     for name, text in _build_rows(facts["build"]):
         table.add_row(name, text)
-    variants: dict[str, list[str]] = {}
-    for kernel in facts["kernels"] or ():
-        variants.setdefault(kernel["name"].rpartition("/")[0], []).append(kernel["isa"])
-    for name, isas in variants.items():
-        table.add_row("kernel", f"{name}: {', '.join(isas)}")
+    for text in summary(facts["kernels"] or ()):
+        table.add_row("kernel", text)
     table.add_row("verdict cache", facts["cache"] or "none: there is no home folder to keep it in")
     _console().print(table)
 
@@ -211,6 +218,8 @@ def _build_rows(build: dict[str, Any] | None) -> list[tuple[str, str]]:
     cuda = f"none: {build['cuda_absence']}"
     if build["cuda_version"]:
         cuda = f"{build['cuda_version']} for {build['cuda_arch_list']}"
+        if build["cuda_resources_absence"]:
+            cuda += f"; kernels unknown: {build['cuda_resources_absence']}"
     made = f"{build['compiler']}, torch {build['torch_version']}"
     return [
         ("build", f"{made}; loads in torch {build['stable_abi_target']} and later"),
