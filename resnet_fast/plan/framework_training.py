@@ -133,6 +133,11 @@ def _max_pool_backward(
     return 2, Work(nbytes(grad, indices), 2 * nbytes(y))
 
 
+def _slice_backward(y: Tensor, grad: Tensor, *_: Any) -> Counted:
+    """grad_x is filled with zeros, then the gradient copied to where the slice was."""
+    return 2, Work(nbytes(grad), nbytes(y, grad))
+
+
 def _average_pool_backward(y: Tensor, grad: Tensor, x: Tensor) -> Counted:
     """Spreads the gradient; x is there for its shape."""
     return 1, Work(nbytes(grad), nbytes(y))
@@ -182,6 +187,7 @@ WORK: dict[str, Callable[..., Counted]] = {
     "aten::nll_loss_forward": _nll_loss,
     "aten::ones_like": _filled,
     "aten::pow": _pointwise,
+    "aten::slice_backward": _slice_backward,
     "aten::sub_": _pointwise,
     "aten::sum": _sum,
     "aten::threshold_backward": _pointwise,
