@@ -18,7 +18,7 @@ from resnet_fast.plan.site import device_name
 
 _FORMAT = "resnet_fast plan 1"
 #: Kernels that stand for several layers, and what a plan calls these one by one (plan/group.py).
-GROUPS = ("residual_chain", "stem_pool")
+GROUPS = ("residual_chain", "stem_pool", "conv_stats")
 LAYERS = "layers"
 # A hostile or mistaken file must not be able to fill the memory; ResNet-152 needs under 50 KiB.
 _MAX_BYTES = 16 << 20
