@@ -1,28 +1,22 @@
 """The CUDA kernels' device code, compiled for the host, against PyTorch in fp64.
 
-Every thread of a grid runs in turn (tests/cuda_host/shim.h). Outputs start as NaN between guards;
-AddressSanitizer and UndefinedBehaviorSanitizer watch reads, writes and the alignment of vectors.
+The machine is tests/cuda_on_host/cuda.h. Outputs start as NaN between guards; AddressSanitizer and
+UndefinedBehaviorSanitizer watch reads, writes and the alignment of vectors.
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
+from host_support import driver, raw, run
 from torch import Tensor
 
 from resnet_fast.ops import activation
 from resnet_fast.testing.budget import expect_within_budget as check
 
-HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @dataclass(frozen=True)
@@ -54,43 +48,32 @@ GEOMETRIES = (
 )
 
 
-@pytest.fixture(scope="session")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    binary = tmp_path_factory.mktemp("cuda_host") / "run"
-    command = [compiler, *FLAGS, *SANITIZERS, str(HERE / "cuda_host/run.cpp"), "-o", str(binary)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "cannot find" in done.stderr and "san" in done.stderr:
-        command = [part for part in command if part not in SANITIZERS]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return binary
-
-
-def raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
 def run_kernel(
-    runner: Path,
-    kernel: str,
+    op: str,
     dtype: torch.dtype,
-    access: str,
-    index: str,
     act: str,
     geometry: Geometry,
-    tensors: list[Tensor],
-    flags: tuple[bool, bool, bool],
+    tensors: dict[str, Tensor | None],
+    access: str = "vector",
+    index: int = 32,
+    **words: str,
 ) -> Tensor:
     """The kernel's output, a line of ``geometry.numel`` elements."""
-    shape = (geometry.numel, geometry.channels, geometry.plane, geometry.resident)
-    words = [kernel, str(dtype).removeprefix("torch."), access, index, activation.code(act), *shape]
-    command = [str(runner), *map(str, words), *(str(int(flag)) for flag in flags)]
-    done = subprocess.run(command, input=b"".join(map(raw, tensors)), capture_output=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr.decode()[:2000]}"
-    return torch.from_numpy(numpy.frombuffer(done.stdout, numpy.uint8).copy()).view(dtype)
+    results = run(
+        driver(op),
+        tensors=tensors,
+        outputs={"y": dtype},
+        dtype=str(dtype).removeprefix("torch."),
+        access=access,
+        index=index,
+        act=activation.code(act),
+        numel=geometry.numel,
+        channels=geometry.channels,
+        plane=geometry.plane,
+        resident=geometry.resident,
+        **words,
+    )
+    return results["y"]
 
 
 def draw(count: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -105,8 +88,8 @@ def narrow(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
-def accesses(dtype: torch.dtype) -> list[tuple[str, str]]:
-    every = [("vector", "32"), ("vector", "64"), ("scalar", "32")]
+def accesses(dtype: torch.dtype) -> list[tuple[str, int]]:
+    every = [("vector", 32), ("vector", 64), ("scalar", 32)]
     return every if dtype == torch.float16 else every[:1]
 
 
@@ -120,20 +103,15 @@ def clear_of_kinks(z: Tensor, act: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", activation.ACTIVATIONS)
-def test_every_activation(runner: Path, act: str, dtype: torch.dtype) -> None:
+def test_every_activation(act: str, dtype: torch.dtype) -> None:
     geometry = Geometry(2, 5, 49)
     x, residual, grad_y = (draw(geometry.numel, dtype, seed) for seed in range(3))
-    flags = (True, False, False)
-    actual = run_kernel(
-        runner, "add_act", dtype, "vector", "32", act, geometry, [x, residual], flags
-    )
+    actual = run_kernel("add_act", dtype, act, geometry, {"x": x, "residual": residual})
     truth = activation.value(act, x.double() + residual.double())
     check(actual, activation.value(act, narrow(x) + narrow(residual)), truth)
 
-    inputs = [grad_y, x, residual]
-    actual = run_kernel(
-        runner, "add_act_backward", dtype, "vector", "32", act, geometry, inputs, flags
-    )
+    inputs = {"x": x, "residual": residual, "grad_y": grad_y}
+    actual = run_kernel("add_act", dtype, act, geometry, inputs)
     z = x.double() + residual.double()
     clear = clear_of_kinks(z, act)
     truth = activation.grad(act, grad_y.double(), z)[clear]
@@ -146,37 +124,26 @@ def test_every_activation(runner: Path, act: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_add_act_maps_every_element(runner: Path, geometry: Geometry, dtype: torch.dtype) -> None:
+def test_add_act_maps_every_element(geometry: Geometry, dtype: torch.dtype) -> None:
     x, residual, grad_y = (draw(geometry.numel, dtype, seed) for seed in range(3))
     z = x.double() + residual.double()
     clear = clear_of_kinks(z, "relu")
+    inputs = {"x": x, "residual": residual}
     for access, index in accesses(dtype):
-        for kernel, inputs in (("add_act", []), ("add_act_backward", [grad_y])):
-            actual = run_kernel(
-                runner,
-                kernel,
-                dtype,
-                access,
-                index,
-                "relu",
-                geometry,
-                [*inputs, x, residual],
-                (True, False, False),
-            )
-            if inputs:
-                truth = activation.grad("relu", grad_y.double(), z)
-                framework = activation.grad("relu", narrow(grad_y), narrow(x) + narrow(residual))
-                check(actual[clear], framework[clear], truth[clear])
-            else:
-                check(actual, torch.relu(narrow(x) + narrow(residual)), torch.relu(z))
+        actual = run_kernel("add_act", dtype, "relu", geometry, inputs, access, index)
+        check(actual, torch.relu(narrow(x) + narrow(residual)), torch.relu(z))
+
+        backward = inputs | {"grad_y": grad_y}
+        actual = run_kernel("add_act", dtype, "relu", geometry, backward, access, index)
+        truth = activation.grad("relu", grad_y.double(), z)
+        framework = activation.grad("relu", narrow(grad_y), narrow(x) + narrow(residual))
+        check(actual[clear], framework[clear], truth[clear])
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "planes"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_bn_act_maps_every_element(
-    runner: Path, geometry: Geometry, dtype: torch.dtype, layout: str
-) -> None:
+def test_bn_act_maps_every_element(geometry: Geometry, dtype: torch.dtype, layout: str) -> None:
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     x, residual = (draw(geometry.numel, dtype, seed) for seed in range(2))
     scale, shift = (draw(geometry.channels, statistics, seed) for seed in range(2, 4))
@@ -198,54 +165,41 @@ def test_bn_act_maps_every_element(
 
     for access, index in accesses(dtype):
         for flags in ((True, True, True), (False, True, True), (False, False, True)):
-            optional = zip((residual, scale, shift), flags, strict=True)
-            inputs = [x, *(tensor for tensor, used in optional if used)]
-            kernel = f"bn_act_{layout}"
+            inputs = {
+                "x": x,
+                "residual": residual if flags[0] else None,
+                "scale": scale if flags[1] else None,
+                "shift": shift if flags[2] else None,
+            }
             actual = run_kernel(
-                runner, kernel, dtype, access, index, "silu", geometry, inputs, flags
+                "bn_act", dtype, "silu", geometry, inputs, access, index, layout=layout
             )
             framework = reference(torch.float32 if dtype == torch.float64 else dtype, flags)
             check(actual, framework, reference(torch.float64, flags))
 
 
-def test_absent_parameters_keep_every_bit(runner: Path) -> None:
+def test_absent_parameters_keep_every_bit() -> None:
     geometry = Geometry(1, 5, 7)
     x = draw(geometry.numel, torch.float32, 0)
     x[:4] = torch.tensor([-0.0, torch.inf, -torch.inf, 1e-42])
     for layout in ("channels_last", "planes"):
-        flags = (False, False, False)
-        actual = run_kernel(
-            runner,
-            f"bn_act_{layout}",
-            torch.float32,
-            "vector",
-            "32",
-            "none",
-            geometry,
-            [x],
-            flags,
-        )
+        actual = run_kernel("bn_act", torch.float32, "none", geometry, {"x": x}, layout=layout)
         assert raw(actual) == raw(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values_pass_as_in_the_framework(runner: Path, dtype: torch.dtype) -> None:
+def test_special_values_pass_as_in_the_framework(dtype: torch.dtype) -> None:
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0], dtype=dtype)
     x, residual = special.repeat_interleave(6), torch.zeros(36, dtype=dtype)
     grad_y = special.repeat(6)
     geometry = Geometry(1, 1, 36)
-    flags = (True, False, False)
+    inputs = {"x": x, "residual": residual}
     for act in ("none", "relu", "relu6", "leaky_relu"):
-        actual = run_kernel(
-            runner, "add_act", dtype, "vector", "32", act, geometry, [x, residual], flags
-        )
+        actual = run_kernel("add_act", dtype, act, geometry, inputs)
         truth = activation.value(act, x.double())
         check(actual, activation.value(act, narrow(x)), truth)
         if act == "relu6":
             continue  # at NaN the framework's CPU mask stops the gradient, its CUDA mask does not
-        inputs = [grad_y, x, residual]
-        actual = run_kernel(
-            runner, "add_act_backward", dtype, "vector", "32", act, geometry, inputs, flags
-        )
+        actual = run_kernel("add_act", dtype, act, geometry, inputs | {"grad_y": grad_y})
         truth = activation.grad(act, grad_y.double(), x.double())
         check(actual, activation.grad(act, narrow(grad_y), narrow(x)), truth)
