@@ -1,43 +1,60 @@
 // Device code of stem_pool.
 #pragma once
 
-#include <cstring>
-
 #include "ptx.cuh"
 #include "stem_pool.h"
+#include "stem_pool_window.cuh"
 #include "vector.cuh"
 
 namespace resnet_fast {
 
-// What follows from the products' type and the image's channels. Along the filter's row, k runs over
-// 8 pixels and their channels, the first pixel being none of the filter's: from there on every
-// window begins at an even element, where a word can be read.
+// A lane's words of its warp's filters, by way of shared memory: each is read once a block.
 template <typename T, int C>
-struct Stem {
-  static constexpr int kElements = 4 / static_cast<int>(sizeof(T));  // of a word
-  static constexpr int kPixel = C * static_cast<int>(sizeof(T));     // bytes
-  static constexpr int kChunk = kStemChunk * kPixel;
-  static constexpr int kUnits = kChunk / 16;  // 16 bytes, half of a product's k
-  static constexpr int kColumns = stem_columns(sizeof(T));
-  static constexpr int kFilters = 8 * kColumns;
-  static constexpr int kRow = 7 * kUnits * kColumns;  // words that a lane holds of the filters
+__device__ inline void load_weights(typename Stem<T, C>::Weights& w, unsigned char* memory,
+                                    const StemArguments<T>& a, int first, int slice) {
+  using S = Stem<T, C>;
+  constexpr int kWords = 4 * S::kUnits;  // of a row of a filter
+  constexpr int kWarpSize = static_cast<int>(kWarp);
+  uint32_t* words = reinterpret_cast<uint32_t*>(memory);
+  const int filters = a.tiling.filters;
+  for (int i = static_cast<int>(threadIdx.x); i < kWords * 7 * filters; i += kStemThreads) {
+    const int at = i % kWords, k = i / kWords % filters, r = i / kWords / filters;
+    uint32_t word = 0;
+#pragma unroll
+    for (int half = 0; half < S::kElements; ++half) {
+      const int element = at * S::kElements + half;
+      const int s = element / C - 1, c = element % C;
+      if (s >= 0 && first + k < a.shape.filters) {
+        const T value =
+            a.weight[(first + k) * a.w_filter + r * a.w_row + s * a.w_column + c * a.w_channel];
+        word |= bits_of(value) << 16 * half;
+      }
+    }
+    if constexpr (sizeof(T) == 4) word = round_to_tf32(word);
+    const int unit = (k / S::kFilters * 7 + r) * S::kUnits + at / 4;
+    const int column = k % S::kFilters / 8, lane = k % 8 * 4 + at % 4;
+    words[(unit * S::kColumns + column) * kWarpSize + lane] = word;
+  }
+  sync_block();
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+#pragma unroll
+  for (int i = 0; i < S::kWeights; ++i) {
+    w[i / S::kColumns / S::kUnits][i / S::kColumns % S::kUnits][i % S::kColumns] =
+        words[(slice * S::kWeights + i) * kWarpSize + lane];
+  }
+}
 
-  using Sums = float[kColumns][4];
-  using Pixels = uint32_t[2][kUnits][2];
-  using Filters = uint32_t[7][kUnits][kColumns];
-};
-
-// sum += the part of a row of the convolution that two rows of the image make, of which the first
-// meets the filter's row ROW; with ROW -1 the second alone meets one, its first.
+// sum += what two rows of the image give a row of the convolution, where the first of them meets
+// the filter's row ROW. With ROW -1 only the second meets one, row 0.
 template <int ROW, typename T, int C>
 __device__ inline void add_rows(typename Stem<T, C>::Sums& sum,
                                 const typename Stem<T, C>::Pixels& x,
-                                const typename Stem<T, C>::Filters& w) {
+                                const typename Stem<T, C>::Weights& w) {
   constexpr int kUnits = Stem<T, C>::kUnits;
 #pragma unroll
   for (int unit = ROW < 0 ? kUnits : 0; unit < 2 * kUnits; unit += 2) {
     const int next = unit + 1;
-    const bool whole = next < 2 * kUnits;
+    const bool whole = next < 2 * kUnits;  // the last product of an odd row is half empty
     const int row = unit / kUnits, at = unit % kUnits;
     const int next_row = whole ? next / kUnits : 0, next_at = whole ? next % kUnits : 0;
     const uint32_t a[4] = {x[row][at][0], x[row][at][1], whole ? x[next_row][next_at][0] : 0,
@@ -50,368 +67,259 @@ __device__ inline void add_rows(typename Stem<T, C>::Sums& sum,
   }
 }
 
-template <typename T>
-__device__ inline uint32_t bits_of(T value) {
-  if constexpr (sizeof(T) == 4) {
-    return detail::as_bits(value);
-  } else {
-    return value.bits;
+// sum = act(sum * scale + shift), `affine` being scale and shift by filter.
+template <typename T, int C>
+__device__ inline void finish(typename Stem<T, C>::Sums& sum, const float* affine, Act act) {
+  constexpr int kColumns = Stem<T, C>::kColumns;
+#pragma unroll
+  for (int column = 0; column < kColumns; ++column) {
+    const auto v = load_vector<4>(affine + 16 * column);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum[column][i] = fmaf(sum[column][i], v.lane[i % 2 * 2], v.lane[i % 2 * 2 + 1]);
+    }
   }
+  with_act(act, [&](auto tag) {
+#pragma unroll
+    for (int i = 0; i < 4 * kColumns; ++i) {
+      sum[i / 4][i % 4] = activate<decltype(tag)::value>(sum[i / 4][i % 4]);
+    }
+  });
 }
 
-// Element `index` of words that hold elements of X.
-template <typename X>
-__device__ inline float element_of(const uint32_t* word, int index) {
-  if constexpr (sizeof(X) == 4) {
-    return detail::as_float(word[index]);
-  } else if constexpr (sizeof(X) == 2) {
-    return to_accumulator(X{static_cast<uint16_t>(word[index / 2] >> 16 * (index % 2))});
-  } else {
-    return static_cast<float>(word[index / 4] >> 8 * (index % 4) & 0xff);
-  }
-}
-
-// The bits of an operand of the products.
-template <typename T>
-__device__ inline uint32_t operand(float value) {
-  const uint32_t bits = bits_of(to_storage<T>(value));
-  return sizeof(T) == 4 ? round_to_tf32(bits) : bits;
-}
-
-// The part of an image that a block reads, X its elements, on the way into shared memory.
-template <typename X, typename T, int C>
-struct StemWindow {
-  static constexpr int kSize = static_cast<int>(sizeof(X));
-  static constexpr int kVector = kSize == 1 ? 8 : 16;  // bytes of a copy
-  static constexpr int kLanes = kVector / kSize;
-  static constexpr int kParts = kStemChunk * C / kLanes;
-
-  const StemArguments<T>& a;
-  const X* image;
-  unsigned char* window;
-  int y0, x0;  // of its first pixel, even where that is outside the image
-
-  __device__ bool inside(int row, int column) const {
-    return row >= 0 && row < a.shape.height && column >= 0 && column < a.shape.width;
-  }
-
-  // Chunks as they are, each to the beginning of its place, all of them under way together: pixel by
-  // pixel, or plane by plane. Zeros outside the image.
-  __device__ void copy() const {
-    const bool planar = a.access == StemAccess::planes;
-    const int width = a.tiling.chunks(), count = width * a.tiling.window_rows();
-    for (int chunk = static_cast<int>(threadIdx.x); chunk < count; chunk += kStemThreads) {
-      const int row = y0 + chunk / width, column = x0 + chunk % width * kStemChunk;
-      const bool there = inside(row, column);
-      const X* from = there ? image + row * a.x_row + column * a.x_column : image;
-      const SharedAddress to = shared_address(window) + chunk * Stem<T, C>::kChunk;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        constexpr int kPlane = kStemChunk / kLanes;  // parts of a plane
-        const int64_t offset = planar ? part / kPlane * a.x_channel + part % kPlane * kLanes
-                                      : int64_t{part * kLanes};
-        copy_async<kVector>(to + part * kVector, there ? from + offset : from, there);
-      }
-    }
-    commit_copies();
-    wait_copies<0>();
-  }
-
-  // What the thread has copied, normalised in its place.
-  template <bool PLANAR>
-  __device__ void convert(const float (&scale)[C], const float (&shift)[C]) const {
-    constexpr int kElements = Stem<T, C>::kElements, kWords = kStemChunk * C / kElements;
-    const int width = a.tiling.chunks(), count = width * a.tiling.window_rows();
-    for (int chunk = static_cast<int>(threadIdx.x); chunk < count; chunk += kStemThreads) {
-      // Padding is zero behind the normalisation, not before it.
-      if (!inside(y0 + chunk / width, x0 + chunk % width * kStemChunk)) continue;
-      uint32_t* place = reinterpret_cast<uint32_t*>(window + chunk * Stem<T, C>::kChunk);
-      uint32_t raw[kParts * kVector / 4], word[kWords] = {};
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const auto vector = load_vector<kVector / 4>(place + part * kVector / 4);
-#pragma unroll
-        for (int i = 0; i < kVector / 4; ++i) raw[part * kVector / 4 + i] = vector.lane[i];
-      }
-#pragma unroll
-      for (int i = 0; i < kStemChunk * C; ++i) {
-        const float x = element_of<X>(raw, PLANAR ? i % C * kStemChunk + i / C : i);
-        word[i / kElements] |= operand<T>(fmaf(x, scale[i % C], shift[i % C]))
-                               << 16 * (i % kElements);
-      }
-#pragma unroll
-      for (int i = 0; i < kWords; i += 4) {
-        store_vector(place + i, Vector<uint32_t, 4>{{word[i], word[i + 1], word[i + 2], word[i + 3]}});
-      }
-    }
-  }
-
-  // For rows that no vector divides: one element at a time, several under way in each thread.
-  __device__ void read(const float (&scale)[C], const float (&shift)[C]) const {
-    constexpr int kAhead = 8;
-    using Operand = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-    const int width = a.tiling.chunks() * kStemChunk;
-    const int count = width * a.tiling.window_rows() * C;
-    for (int first = static_cast<int>(threadIdx.x); first < count;
-         first += kAhead * kStemThreads) {
-      uint32_t value[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int element = first + i * kStemThreads;
-        const int row = y0 + element / C / width, column = x0 + element / C % width;
-        const int c = element % C;
-        value[i] = 0;
-        if (element < count && inside(row, column)) {
-          const X x = image[row * a.x_row + column * a.x_column + c * a.x_channel];
-          float s = scale[0], b = shift[0];
-#pragma unroll
-          for (int j = 1; j < C; ++j) {
-            s = c == j ? scale[j] : s;
-            b = c == j ? shift[j] : b;
-          }
-          float wide;
-          if constexpr (kSize == 1) {
-            wide = static_cast<float>(x);
-          } else {
-            wide = to_accumulator(x);
-          }
-          value[i] = operand<T>(fmaf(wide, s, b));
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int element = first + i * kStemThreads;
-        if (element < count) {
-          reinterpret_cast<Operand*>(window)[element] = static_cast<Operand>(value[i]);
-        }
-      }
-    }
-  }
-
-  __device__ void load() const {
-    float scale[C], shift[C];
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      scale[c] = a.input_scale ? a.input_scale[c] : 1.0f;
-      shift[c] = a.input_shift ? a.input_shift[c] : -0.0f;
-    }
-    if (a.access == StemAccess::elements) return read(scale, shift);
-    copy();
-    const bool as_is = std::is_same_v<X, T> && sizeof(T) == 2 && !a.input_scale && !a.input_shift;
-    if (a.access == StemAccess::planes) {
-      convert<true>(scale, shift);
-    } else if (!as_is) {
-      convert<false>(scale, shift);
-    }
-  }
+// What a warp stores at a time: 8 pooled columns from `column` on, those at or behind `stored`, of
+// its filters from `filter` on, in row `row`.
+struct StemOutput {
+  unsigned image;
+  int row, column, stored, filter;
 };
 
-// A lane's words of its warp's filters, by way of shared memory, in which they are read once.
+// Staged in shared memory, from which each lane takes 16 adjacent bytes: some filters of a pixel,
+// or some pixels of a filter.
 template <typename T, int C>
-__device__ inline void load_filters(typename Stem<T, C>::Filters& w, unsigned char* memory,
-                                    const StemArguments<T>& a, int first, int slice) {
-  using S = Stem<T, C>;
-  uint32_t* words = reinterpret_cast<uint32_t*>(memory);
-  constexpr int kWords = 4 * S::kUnits;  // of a row of a filter
-  const int filters = a.tiling.filters(sizeof(T));
-  for (int i = static_cast<int>(threadIdx.x); i < kWords * 7 * filters; i += kStemThreads) {
-    const int at = i % kWords, k = i / kWords % filters, r = i / kWords / filters;
-    uint32_t word = 0;
-#pragma unroll
-    for (int half = 0; half < S::kElements; ++half) {
-      const int element = at * S::kElements + half;
-      const int s = element / C - 1, c = element % C;
-      if (s >= 0 && first + k < a.shape.filters) {
-        const T value = a.weight[(first + k) * a.w_filter + r * a.w_row + s * a.w_column +
-                                 c * a.w_channel];
-        word |= bits_of(value) << 16 * half;
-      }
-    }
-    if constexpr (sizeof(T) == 4) word = round_to_tf32(word);
-    const int column = k % S::kFilters / 8, lane = k % 8 * 4 + at % 4;
-    const int place = ((k / S::kFilters * 7 + r) * S::kUnits + at / 4) * S::kColumns + column;
-    words[place * static_cast<int>(kWarp) + lane] = word;
-  }
-  sync_block();
+__device__ inline void store_pooled(const StemArguments<T>& a, const StemOutput& out,
+                                    const float (&pooled)[Stem<T, C>::kColumns][2],
+                                    unsigned char* staging) {
+  constexpr int kVector = kLanes<T>, kSize = static_cast<int>(sizeof(T));
   const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int g = lane / 4, t = lane % 4;
+  sync_warp();
 #pragma unroll
-  for (int i = 0; i < S::kRow; ++i) {
-    w[i / S::kColumns / S::kUnits][i / S::kColumns % S::kUnits][i % S::kColumns] =
-        words[(slice * S::kRow + i) * static_cast<int>(kWarp) + lane];
+  for (int i = 0; i < 2 * Stem<T, C>::kColumns; ++i) {
+    const int k = i / 2 * 8 + 2 * t + i % 2;
+    const int at = a.channels_last ? g * kStemStagingRow + k * kSize : (k * kStemPairs + g) * kSize;
+    *reinterpret_cast<T*>(staging + at) = to_storage<T>(pooled[i / 2][i % 2]);
+  }
+  sync_warp();
+  constexpr int kLine = Stem<T, C>::kFilters * kSize;  // bytes of a pixel
+  if (lane >= kStemPairs * kLine / kVectorBytes) return;
+  const int parts = a.channels_last ? kLine / kVectorBytes : kStemPairs / kVector;
+  const int line = lane / parts, part = lane % parts;
+  const int at =
+      a.channels_last ? line * kStemStagingRow + part * kVectorBytes : lane * kVectorBytes;
+  const auto value = load_vector<kVector>(reinterpret_cast<const T*>(staging + at));
+
+  const StemShape& shape = a.shape;
+  const int64_t image = out.image;
+  const int q = out.column + (a.channels_last ? line : part * kVector);
+  const int k = out.filter + (a.channels_last ? part * kVector : line);
+  T* to = a.y;
+  bool there;
+  int begin, end;  // of the vector's elements
+  if (a.channels_last) {
+    const int64_t pixel = (image * shape.pooled_rows + out.row) * shape.pooled_columns + q;
+    to += pixel * shape.filters + k;
+    there = q >= out.stored && q < shape.pooled_columns;
+    begin = 0;
+    end = shape.filters - k;
+  } else {
+    const int64_t row = (image * shape.filters + k) * shape.pooled_rows + out.row;
+    to += row * shape.pooled_columns + q;
+    there = k < shape.filters;
+    begin = out.stored - q;
+    end = shape.pooled_columns - q;
+  }
+  if (!there) return;
+  if (begin <= 0 && end >= kVector && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+    store_vector(to, value);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (i >= begin && i < end) to[i] = value.lane[i];
   }
 }
 
+//   y[n, k, p, q] = max over 3 x 3 of act(conv[2p-1 .. 2p+1, 2q-1 .. 2q+1] * scale[k] + shift[k])
+//
+// A block owns a strip of pooled rows, some columns and up to 64 filters. It loads its window of
+// the image into shared memory once, as [row][pixel][channel] in the products' type. The
+// convolution's map stays in registers; only pooled values are stored.
+//
+// The window is the products' left operand as it is: what a row of the filter meets is adjacent
+// words, of which a lane reads its own, and windows overlap where they lie. k runs over the rows of
+// the filter and 8 pixels of C channels. Windows begin every two pixels, so that they begin at a
+// whole word for any C if they begin one pixel before the filter (C = 3, 16 bits):
+//
+//   pixel    2q-4    2q-3    2q-2    2q-1     2q     2q+1    2q+2    2q+3     q: conv column
+//   element  -  -  - 0  1  2 0  1  2 0  1  2 0  1  2 0  1  2 0  1  2 0  1  2
+//   unit    |0                      |1                      |2                t: a word of a unit
+//
+// That pixel's weights are zero, but zero times infinity is NaN, so it is masked, always in unit 0.
+// This makes 11 products m16n8k16 for 147 values of k, which would fill 9.2. Channels padded to
+// four would make 14.
+//
+// A warp keeps the weights of 32 filters (16 in fp32) in registers, 28 C words a lane, and walks
+// down the image. Two rows of it meet four rows of the convolution, whose sums are in registers
+// too, so that a word is read once for all rows of the filter (read: filter rows by conv row):
+//
+//   image rows      2i-2, 2i-1    2i, 2i+1    2i+2, 2i+3
+//   conv row i-1       3, 4         5, 6                     then finished, and pooled
+//            i         1, 2         3, 4         5, 6
+//            i+1       -, 0         1, 2         3, 4
+//            i+2                    -, 0         1, 2
+//
+// The 16 rows of a product are columns 2j and 2j+1 of the convolution for 8 pooled columns j. So
+// pooling is a maximum of a lane's own sums, of those it kept from the row above, and of lane - 4's
+// column 2j-1, which for the first j of a tile has waited in shared memory since the tile before.
+// Scale, shift, activation and maximum are fp32, and the result is rounded once: rounding is
+// monotone, so this is the maximum of rounded values.
+//
+// Computed twice are a strip's first row, 15 rows for 14 at the strip of 7 of a 224 x 224 image,
+// and a pooled column wherever an image is cut into columns.
+//
+// Banks: a lane reads words 2 C g + t in 16 bits, in fp32 4 C g + t, with g, t = lane / 4, lane
+// % 4. Eight groups of four words fall on the 32 banks once in C = 1 and 2, and C = 1 and 3 in
+// fp32, else twice (four times in fp32's C = 4); an access of C = 3 serves 3.7 products. Everything
+// else is 16 bytes a lane and does not meet, but for uint8, 8 as it comes: the image, scale and
+// shift, and the outputs, which are staged in rows of 80 bytes.
 template <typename T, int C>
-__global__ void __launch_bounds__(kStemThreads, 2) stem_pool_kernel(const StemArguments<T> a) {
+__global__ void __launch_bounds__(kStemThreads, kStemBlocks)
+    stem_pool_kernel(const StemArguments<T> a) {
   using S = Stem<T, C>;
   using Sums = typename S::Sums;
-  constexpr int kColumns = S::kColumns;
+  constexpr int kSums = 4 * S::kColumns;
+  const StemShape& shape = a.shape;
+  const StemTiling& tiling = a.tiling;
   const int warp = static_cast<int>(threadIdx.x / kWarp);
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const int g = lane / 4, t = lane % 4;
-  const StemShape& shape = a.shape;
-  const StemTiling& tiling = a.tiling;
-  const int slice = warp & (tiling.across - 1);
-  const int block_filter = static_cast<int>(blockIdx.y) * tiling.filters(sizeof(T));
+  // across is a power of two: no division keeps registers.
+  const int slice = warp & (tiling.across - 1), strip = warp >> tiling.across / 2;
+  const int block_filter = static_cast<int>(blockIdx.y) * tiling.filters;
   unsigned char* window = shared_memory();
-  float* affine = reinterpret_cast<float*>(window + a.memory.affine);
-  unsigned char* staging = window + a.memory.staging + warp * kStemStaging;
+  float* affine = reinterpret_cast<float*>(window + a.grid.affine);
+  float* edges = reinterpret_cast<float*>(window + a.grid.edges);
 
-  for (int i = static_cast<int>(threadIdx.x); i < tiling.filters(sizeof(T)); i += kStemThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < tiling.filters; i += kStemThreads) {
     const int k = block_filter + i;
     const bool there = k < shape.filters;
     affine[2 * i] = a.scale && there ? a.scale[k] : 1.0f;
     affine[2 * i + 1] = a.shift && there ? a.shift[k] : -0.0f;
   }
-  typename S::Filters w;
-  load_filters<T, C>(w, window, a, block_filter, slice);
+  typename S::Weights w;
+  load_weights<T, C>(w, window, a, block_filter, slice);
+  uint32_t mask = ~0u;  // of word t of unit 0
+  if (sizeof(T) == 4) {
+    mask = t < C ? 0 : mask;
+  } else {
+    mask = (2 * t < C ? 0 : 0xffffu) | (2 * t + 1 < C ? 0 : 0xffff0000u);
+  }
 
-  // Word t of a window's first unit, as far as it is the filter's.
-  const uint32_t mask =
-      sizeof(T) == 4 ? (t >= C ? ~0u : 0)
-                     : (2 * t >= C ? 0xffffu : 0) | (2 * t + 1 >= C ? 0xffff0000u : 0);
-  for (unsigned block = blockIdx.x; block < a.blocks; block += gridDim.x) {
-    const int64_t n = block / (a.strips * a.spans);
-    const int within = static_cast<int>(block % (a.strips * a.spans));
-    const StemSpan span = stem_span(within % static_cast<int>(a.spans), tiling.tiles);
-    const int block_row = within / static_cast<int>(a.spans) * tiling.rows();
-    const int y0 = 4 * block_row - 6;
-    // -4 and not -8 from the first column's window where that is a multiple of a chunk.
-    const int lead = span.first % 2 ? 0 : 4;
-    const int x0 = 4 * span.first - 4 - lead;
+  const unsigned blocks = static_cast<unsigned>(a.grid.blocks);
+  const unsigned per_image = static_cast<unsigned>(a.grid.strips * a.grid.spans);
+  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const unsigned n = block / per_image;
+    const int within = static_cast<int>(block % per_image);
+    const StemSpan span = stem_span(within % a.grid.spans, tiling.tiles);
+    const int block_row = within / a.grid.spans * tiling.rows();
+    // From a whole chunk on, which may be half a chunk early.
+    const int early = span.first % 2 ? 0 : kStemChunk / 2;
+    const int y0 = 4 * block_row - 6, x0 = 4 * span.first - 4 - early;
     sync_block();
     if (a.raw) {
-      StemWindow<uint8_t, T, C>{a, static_cast<const uint8_t*>(a.x) + n * a.x_image, window, y0, x0}.load();
+      load_window<uint8_t, T, C>(window, a, n, y0, x0);
     } else {
-      StemWindow<T, T, C>{a, static_cast<const T*>(a.x) + n * a.x_image, window, y0, x0}.load();
+      load_window<T, T, C>(window, a, n, y0, x0);
     }
     sync_block();
 
-    const int top = block_row + (warp >> tiling.across / 2) * tiling.strip;
-    const int bottom = top + tiling.strip < shape.pooled_rows ? top + tiling.strip
-                                                              : shape.pooled_rows;
-    const int first = 2 * top > 0 ? 2 * top - 1 : 0;
+    // The warp's pooled rows, and the rows of the convolution that it computes for them.
+    const int top = block_row + strip * tiling.strip;
+    const int bottom =
+        top + tiling.strip < shape.pooled_rows ? top + tiling.strip : shape.pooled_rows;
+    const int first = top > 0 ? 2 * top - 1 : 0;
     const int last = 2 * bottom - 1 < shape.rows ? 2 * bottom - 1 : shape.rows - 1;
-    for (int tile = 0; tile < tiling.tiles; ++tile) {
-      const int pair = span.first + kStemPairs * tile;
-      if (pair >= shape.pooled_columns) break;
-      const unsigned char* column =
-          window + (lead + 4 * (kStemPairs * tile + g)) * S::kPixel + 4 * t;
+    const auto computed = [&](int row) { return row >= first && row <= last; };
 
-      // s0 to s3 are the sums of rows i - 1 to i + 2.
+    for (int tile = 0; tile < tiling.tiles; ++tile) {
+      const int column = span.first + kStemPairs * tile;
+      if (column >= shape.pooled_columns) break;
+      // Of row 0 of the image, which may lie before the window.
+      const int pixels =
+          (early + 4 * (kStemPairs * tile + g)) * S::kPixel + 4 * t - y0 * a.grid.pitch;
+
+      // Rows 2i and 2i + 1 of the image, s0 to s3 being the sums of rows i - 1 to i + 2.
       const auto multiply = [&](int i, Sums& s0, Sums& s1, Sums& s2, Sums& s3) {
         typename S::Pixels x;
 #pragma unroll
         for (int j = 0; j < 4 * S::kUnits; ++j) {
-          const int row = j / 2 / S::kUnits, unit = j / 2 % S::kUnits, right = j % 2;
+          const int row = j / 2 / S::kUnits, unit = j / 2 % S::kUnits, odd = j % 2;
           const uint32_t word = *reinterpret_cast<const uint32_t*>(
-              column + (2 * i - y0 + row) * a.memory.pitch + 2 * right * S::kPixel + 16 * unit);
-          x[row][unit][right] = unit == 0 ? word & mask : word;
+              window + (pixels + (2 * i + row) * a.grid.pitch + 2 * odd * S::kPixel + 16 * unit));
+          x[row][unit][odd] = unit == 0 ? word & mask : word;
         }
-        if (i - 1 >= first && i - 1 <= last) add_rows<5, T, C>(s0, x, w);
-        if (i >= first && i <= last) add_rows<3, T, C>(s1, x, w);
-        if (i + 1 >= first && i + 1 <= last) add_rows<1, T, C>(s2, x, w);
+        if (computed(i - 1)) add_rows<5, T, C>(s0, x, w);
+        if (computed(i)) add_rows<3, T, C>(s1, x, w);
+        if (computed(i + 1)) add_rows<1, T, C>(s2, x, w);
 #pragma unroll
-        for (int j = 0; j < 4 * kColumns; ++j) s3[j / 4][j % 4] = 0.0f;
-        if (i + 2 >= first && i + 2 <= last) add_rows<-1, T, C>(s3, x, w);
-      };
-      const auto activate_sums = [&](Sums& sum) {
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const auto v =
-              load_vector<4>(affine + 2 * (slice * S::kFilters + 8 * j + 2 * t));
-          sum[j][0] = fmaf(sum[j][0], v.lane[0], v.lane[1]);
-          sum[j][1] = fmaf(sum[j][1], v.lane[2], v.lane[3]);
-          sum[j][2] = fmaf(sum[j][2], v.lane[0], v.lane[1]);
-          sum[j][3] = fmaf(sum[j][3], v.lane[2], v.lane[3]);
-        }
-        with_act(a.act, [&](auto tag) {
-#pragma unroll
-          for (int j = 0; j < 4 * kColumns; ++j) {
-            sum[j / 4][j % 4] = activate<decltype(tag)::value>(sum[j / 4][j % 4]);
-          }
-        });
+        for (int j = 0; j < kSums; ++j) s3[j / 4][j % 4] = 0.0f;
+        if (computed(i + 2)) add_rows<-1, T, C>(s3, x, w);
       };
 
+      // The maximum of what has been finished of pooled row p, which is stored below row 2p + 1.
       Sums best;
-      // Row p of y: conv rows 2p (s0) and 2p + 1 (s1) are finished.
       const auto pool = [&](int p, Sums& s0, Sums& s1, Sums& s2, Sums& s3) {
         multiply(2 * p + 1, s0, s1, s2, s3);
         if (p >= top) {
-          activate_sums(s0);
+          finish<T, C>(s0, affine + 2 * (slice * S::kFilters + 2 * t), a.act);
 #pragma unroll
-          for (int j = 0; j < 4 * kColumns; ++j) {
+          for (int j = 0; j < kSums; ++j) {
             best[j / 4][j % 4] = max_or_nan(best[j / 4][j % 4], s0[j / 4][j % 4]);
           }
         }
         multiply(2 * p + 2, s1, s2, s3, s0);
-        if (2 * p + 1 >= first && 2 * p + 1 <= last) {
-          activate_sums(s1);
+        if (computed(2 * p + 1)) {
+          finish<T, C>(s1, affine + 2 * (slice * S::kFilters + 2 * t), a.act);
         } else {
 #pragma unroll
-          for (int j = 0; j < 4 * kColumns; ++j) s1[j / 4][j % 4] = -INFINITY;
+          for (int j = 0; j < kSums; ++j) s1[j / 4][j % 4] = -INFINITY;
         }
         if (p >= top) {
-          float pooled[kColumns][2];
-          float* edge = reinterpret_cast<float*>(window + a.memory.edges) +
-                        ((warp * tiling.strip + p - top) * 4 + t) * 2 * kColumns;
+          float pooled[S::kColumns][2];
+          float* edge = edges + ((warp * tiling.strip + p - top) * 4 + t) * 2 * S::kColumns;
 #pragma unroll
-          for (int j = 0; j < 2 * kColumns; ++j) {
-            const int c = j / 2, half = j % 2;
-            const float left = max_or_nan(best[c][half], s1[c][half]);
-            float right = max_or_nan(best[c][2 + half], s1[c][2 + half]);
-            right = 2 * (pair + g) + 1 < shape.columns ? right : -INFINITY;
-            float before = shuffle(right, (lane + 28) % kWarp);
+          for (int j = 0; j < 2 * S::kColumns; ++j) {
+            const int k = j / 2, i = j % 2;
+            const float even = max_or_nan(best[k][i], s1[k][i]);
+            float odd = max_or_nan(best[k][i + 2], s1[k][i + 2]);
+            odd = 2 * (column + g) + 1 < shape.columns ? odd : -INFINITY;
+            float before = shuffle(odd, (lane + 28) % kWarp);
             if (g == 0) {
               const float following = before;
               before = tile == 0 ? -INFINITY : edge[j];
               edge[j] = following;
             }
-            pooled[c][half] = max_or_nan(max_or_nan(left, right), before);
+            pooled[k][i] = max_or_nan(max_or_nan(even, odd), before);
           }
-          // Staged, so that each lane stores 16 adjacent bytes: of a pixel's filters, or of a
-          // filter's pixels.
-          sync_warp();
-#pragma unroll
-          for (int j = 0; j < 2 * kColumns; ++j) {
-            const int k = j / 2 * 8 + 2 * t + j % 2;
-            const int at = a.channels_last ? g * kStemStagingRow + k * static_cast<int>(sizeof(T))
-                                           : (k * kStemPairs + g) * static_cast<int>(sizeof(T));
-            *reinterpret_cast<T*>(staging + at) = to_storage<T>(pooled[j / 2][j % 2]);
-          }
-          sync_warp();
-          constexpr int kVector = kLanes<T>;
-          const int parts = a.channels_last ? 4 : kStemPairs / kVector;
-          const int line = lane / parts, part = lane % parts * kVector;
-          const auto value = load_vector<kVector>(reinterpret_cast<const T*>(
-              staging + (a.channels_last ? line * kStemStagingRow + part * sizeof(T)
-                                         : lane * kVectorBytes)));
-          const int j = pair + (a.channels_last ? line : part);
-          const int k = block_filter + slice * S::kFilters + (a.channels_last ? part : line);
-          // How much of the vector is in y.
-          const int begin = a.channels_last ? 0 : span.stored - j;
-          const int end = a.channels_last ? shape.filters - k : shape.pooled_columns - j;
-          const bool there = a.channels_last ? j >= span.stored && j < shape.pooled_columns
-                                             : k < shape.filters;
-          const int64_t place =
-              a.channels_last
-                  ? ((n * shape.pooled_rows + p) * shape.pooled_columns + j) * shape.filters + k
-                  : ((n * shape.filters + k) * shape.pooled_rows + p) * shape.pooled_columns + j;
-          T* to = a.y + place;
-          if (there && begin <= 0 && end >= kVector &&
-              reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
-            store_vector(to, value);
-          } else if (there) {
-#pragma unroll
-            for (int e = 0; e < kVector; ++e) {
-              if (e >= begin && e < end) to[e] = value.lane[e];
-            }
-          }
+          const StemOutput out{n, p, column, span.stored, block_filter + slice * S::kFilters};
+          store_pooled<T, C>(a, out, pooled, window + a.grid.staging + warp * kStemStaging);
         }
 #pragma unroll
-        for (int j = 0; j < 4 * kColumns; ++j) best[j / 4][j % 4] = s1[j / 4][j % 4];
+        for (int j = 0; j < kSums; ++j) best[j / 4][j % 4] = s1[j / 4][j % 4];
       };
 
+      // Behind a pooled row the sums have moved on by two, so that two rows bring them back.
       Sums s0, s1, s2, s3;
       for (int p = top - 2; p < bottom; p += 2) {
         pool(p, s0, s1, s2, s3);

@@ -26,8 +26,11 @@ inline constexpr int kStemStaging = kStemPairs * kStemStagingRow;
 // planes of its channels, or by element.
 enum class StemAccess : int { pixels, planes, elements };
 
-// Columns of 8 filters that a warp multiplies: as many as its registers hold the weights of.
-RESNET_FAST_HD constexpr int stem_columns(int element_size) { return 8 / element_size; }
+// Filters of a warp, whose weights its lanes hold: 28 words a channel of 32 in 16 bits, twice that
+// in fp32. Those of four channels would leave too few registers for the sums.
+RESNET_FAST_HD constexpr int stem_filters(int channels, int element_size) {
+  return element_size == 2 && channels < 4 ? 32 : 16;
+}
 
 struct StemShape {
   int64_t batch;
@@ -46,19 +49,16 @@ struct StemShape {
         pooled_columns((columns - 1) / 2 + 1) {}
 };
 
-// A block's share. It has `across` warps for slices of its filters, and 4 / across for strips of
+// A block's share. It has `across` warps for slices of `filters`, and 4 / across for strips of
 // `strip` pooled rows, one below the other, all of `tiles` times 8 pooled columns.
 struct StemTiling {
-  int strip, tiles, across;
+  int strip, tiles, across, filters;
 
   RESNET_FAST_HD int rows() const { return kStemWarps / across * strip; }  // pooled rows
   // Of the image: four for each pooled one, and the reach of filter and pooling, from an even one.
   RESNET_FAST_HD int window_rows() const { return 4 * rows() + 8; }
   // Likewise, and up to half a chunk in front of the first column.
   RESNET_FAST_HD int chunks() const { return 4 * tiles + 2; }
-  RESNET_FAST_HD int filters(int element_size) const {
-    return across * 8 * stem_columns(element_size);
-  }
 };
 
 // The first pooled column of a block, and the first that it stores: its left neighbour's last
@@ -75,28 +75,43 @@ inline int stem_spans(int pooled_columns, int tiles) {
   return pooled_columns <= step + 1 ? 1 : (pooled_columns - 2) / step + 1;
 }
 
-// Offsets of a block's shared memory, in bytes. The window takes the place of the filters, which
-// pass through on their way to the registers.
-struct StemMemory {
-  int pitch;  // of the window's rows
-  int affine, edges, staging, total;
+// What follows from shape and tiling: the grid, and the offsets of a block's shared memory in
+// bytes, in which the window takes the place of the filters when these are in registers.
+struct StemGrid {
+  int strips, spans, slices;  // of a block's rows, columns and filters
+  int64_t blocks;             // strips and spans of all images
+  int pitch;                  // of the window's rows, in bytes
+  int affine, edges, staging, shared;
 
-  StemMemory(const StemTiling& t, int channels, int element_size) {
+  StemGrid(const StemShape& shape, const StemTiling& t, int channels, int element_size)
+      : strips((shape.pooled_rows - 1) / t.rows() + 1),
+        spans(stem_spans(shape.pooled_columns, t.tiles)),
+        slices((shape.filters - 1) / t.filters + 1),
+        blocks(shape.batch * strips * spans) {
     const int chunk = kStemChunk * channels * element_size;
-    const int filters = t.filters(element_size);
     pitch = chunk * t.chunks();
-    const int window = pitch * t.window_rows(), weights = 7 * chunk * filters;
+    const int window = pitch * t.window_rows(), weights = 7 * chunk * t.filters;
     affine = window > weights ? window : weights;
-    edges = affine + 2 * 4 * filters;
+    edges = affine + 2 * 4 * t.filters;
     // The rightmost column of a tile, for the next one: a warp's filters in fp32, a strip's rows.
-    staging = edges + 4 * 8 * stem_columns(element_size) * kStemWarps * t.strip;
-    total = staging + kStemStaging * kStemWarps;
+    staging = edges + 4 * t.filters / t.across * kStemWarps * t.strip;
+    shared = staging + kStemStaging * kStemWarps;
   }
 };
 
 struct StemDevice {
   int multiprocessors;
   int shared_of_multiprocessor, shared_of_block;  // bytes at most
+
+  // Shared memory at most of each of so many blocks on a multiprocessor, which keeps 1 KiB a block.
+  int limit(int blocks) const {
+    const int part = shared_of_multiprocessor / blocks - 1024;
+    return part < shared_of_block ? part : shared_of_block;
+  }
+  // Blocks of `shared` bytes that run at once.
+  int64_t resident(int shared) const {
+    return int64_t{multiprocessors} * (shared <= limit(kStemBlocks) ? kStemBlocks : 1);
+  }
 };
 
 // The tiling with the least to do for the block that does most, in products of a warp. Counted from
@@ -104,29 +119,24 @@ struct StemDevice {
 // filters 150, a strip's first and last rows one more row of the convolution.
 inline StemTiling choose_stem_tiling(const StemShape& shape, int channels, int element_size,
                                      const StemDevice& device) {
-  constexpr int kMaxStrip = 16, kMaxTiles = 16, kReserved = 1024;
-  const int columns = stem_columns(element_size);
+  constexpr int kMaxStrip = 16, kMaxTiles = 16;
+  const int filters = stem_filters(channels, element_size);
   int across = 1;
-  while (across * 8 * columns < shape.filters && across * 8 * columns < kStemFilters) across *= 2;
-  const int slices = (shape.filters - 1) / (across * 8 * columns) + 1;
+  while (across * filters < shape.filters && across * filters < kStemFilters) across *= 2;
   const int units = channels * element_size / 2;
-  const int64_t products = int64_t{columns} * (3 * units + (units + 1) / 2);
+  const int64_t products = int64_t{filters} / 8 * (3 * units + (units + 1) / 2);
   const int width = (shape.pooled_columns - 1) / kStemPairs + 1;
 
-  StemTiling best{1, 1, across};
+  StemTiling best{1, 1, across, across * filters};
   // Where the smallest tiling is too large for two blocks, there is one.
   for (int resident = kStemBlocks; resident > 0; --resident) {
-    const int limit = resident > 1 ? device.shared_of_multiprocessor / resident - kReserved
-                                   : device.shared_of_block;
     int64_t least = INT64_MAX;
     for (int strip = 1; strip <= kMaxStrip; ++strip) {
       for (int tiles = 1; tiles <= kMaxTiles && tiles <= width; ++tiles) {
-        const StemTiling t{strip, tiles, across};
-        if (StemMemory(t, channels, element_size).total > limit) break;
-        const int64_t strips = (shape.pooled_rows - 1) / t.rows() + 1;
-        const int64_t blocks =
-            shape.batch * strips * stem_spans(shape.pooled_columns, tiles) * slices;
-        const int64_t passes = (blocks - 1) / (int64_t{resident} * device.multiprocessors) + 1;
+        const StemTiling t{strip, tiles, across, across * filters};
+        const StemGrid grid(shape, t, channels, element_size);
+        if (grid.shared > device.limit(resident)) break;
+        const int64_t passes = (grid.blocks * grid.slices - 1) / device.resident(grid.shared) + 1;
         const int64_t window = int64_t{t.chunks()} * t.window_rows() * 20 / kStemThreads;
         const int64_t cost = passes * (tiles * (2 * strip + 2) * products + window) + 150;
         if (cost < least) {
@@ -155,38 +165,28 @@ struct StemArguments {
   int64_t w_filter, w_channel, w_row, w_column;
   StemShape shape;
   StemTiling tiling;
-  StemMemory memory;
-  unsigned strips, spans, blocks;  // of a block's rows, of its columns, of both in all images
-  bool raw;                        // x is uint8, and not the products' type
+  StemGrid grid;
+  bool raw;  // x is uint8, and not the products' type
   StemAccess access;
   bool channels_last;  // y
   Act act;
-
-  // Everything that follows from x, its strides and the tiling.
-  void settle(int channels) {
-    memory = StemMemory(tiling, channels, sizeof(T));
-    strips = static_cast<unsigned>((shape.pooled_rows - 1) / tiling.rows() + 1);
-    spans = static_cast<unsigned>(stem_spans(shape.pooled_columns, tiling.tiles));
-    blocks = static_cast<unsigned>(shape.batch) * strips * spans;
-    const int size = raw ? 1 : static_cast<int>(sizeof(T));
-    const int vector = raw ? 8 : 16, lanes = vector / size;
-    const auto whole = [&](int64_t stride, int64_t extent) {
-      return extent == 1 || stride % lanes == 0;
-    };
-    const bool vectors = shape.width % kStemChunk == 0 && whole(x_image, shape.batch) &&
-                         whole(x_row, shape.height) &&
-                         reinterpret_cast<uintptr_t>(x) % static_cast<unsigned>(vector) == 0;
-    access = StemAccess::elements;
-    if (vectors && x_column == channels && (channels == 1 || x_channel == 1)) {
-      access = StemAccess::pixels;
-    } else if (vectors && x_column == 1 && whole(x_channel, channels)) {
-      access = StemAccess::planes;
-    }
-  }
-  int64_t all_blocks() const {
-    return shape.batch * ((shape.pooled_rows - 1) / tiling.rows() + 1) *
-           stem_spans(shape.pooled_columns, tiling.tiles);
-  }
 };
+
+// The widest access that every chunk of x allows.
+template <typename T>
+StemAccess stem_access(const StemArguments<T>& a, int channels) {
+  const unsigned bytes = a.raw ? 8 : 16;
+  const int64_t lanes = a.raw ? 8 : 16 / static_cast<int64_t>(sizeof(T));
+  const auto whole = [&](int64_t stride, int64_t extent) {
+    return extent == 1 || stride % lanes == 0;
+  };
+  if (a.shape.width % kStemChunk != 0 || reinterpret_cast<uintptr_t>(a.x) % bytes != 0 ||
+      !whole(a.x_image, a.shape.batch) || !whole(a.x_row, a.shape.height)) {
+    return StemAccess::elements;
+  }
+  if (a.x_column == channels && (channels == 1 || a.x_channel == 1)) return StemAccess::pixels;
+  const bool planes = a.x_column == 1 && whole(a.x_channel, channels);
+  return planes ? StemAccess::planes : StemAccess::elements;
+}
 
 }  // namespace resnet_fast
