@@ -111,6 +111,7 @@ py::list kernel_variants() {
   }
   if (!arches.empty()) {
     for (const char* op : {"add_act", "bn_act"}) add(op, "vectorised", "cuda", arches);
+    add("stem_pool", "tensor_cores", "cuda", arches);
   }
   return rows;
 }

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activation_code
+from .flags import allow_tf32_of_convolutions
 from .launch import (
     DTYPES,
     INTERPRET,
@@ -19,7 +20,7 @@ from .launch import (
     direct,
     output_format,
 )
-from .product import allow_tf32_of_convolutions, dot
+from .product import dot
 
 # Columns of the image below this, of 4 channels, count in 32 bits.
 MAX_SIZE = 1 << 28

@@ -24,7 +24,18 @@ def has_kernel(op: str, *arguments: Any) -> bool:
     return runs is None or bool(runs(arguments[0]))
 
 
-def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], launch: str) -> bool:
+def native_kernel(op: str) -> bool:
+    """Whether the CUDA library has a kernel of its own, as ``resnet_fast::_<op>_cuda``."""
+    return _checks.has_op(f"_{op}_cuda") and not _checks.lacks_cuda(f"_{op}_cuda")
+
+
+def implement(
+    op: str,
+    layers: Callable[..., Any],
+    fake: Callable[..., Any],
+    launch: str,
+    native: Callable[..., Any] | None = None,
+) -> bool:
     """Give ``resnet_fast::op`` its kernels; False where the native library does not define it.
 
     Args:
@@ -33,6 +44,8 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
             fp64, and wherever gradients are recorded: these are then the layers' own.
         fake: shapes and strides of the outputs.
         launch: the launcher's name.
+        native: the op by a kernel of the CUDA library, where there is no Triton; it may return
+            ``NotImplemented``, for the layers.
     """
     if not _checks.has_op(op):
         return False
@@ -50,7 +63,8 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
     def cuda(*arguments: Any) -> Any:
         if has_kernel(op, *arguments):
             return launched(getattr(room(op), launch), *arguments)
-        return layers(*arguments)
+        result = NotImplemented if native is None else native(*arguments)
+        return layers(*arguments) if result is NotImplemented else result
 
     torch.library.register_fake(name, fake)
     torch.library.impl(name, "CPU", layers)
