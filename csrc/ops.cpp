@@ -5,6 +5,10 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] "
       "stride, int[] padding, int[] dilation, int groups, str act) -> Tensor");
+  m.def(
+      "_conv_bn_act_cuda(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
+      "int[] stride, int[] padding, int[] dilation, int groups, str act, str tile, int splits) -> "
+      "Tensor");
   m.def("_release_memory() -> int");
   m.def("_direct_weight(Tensor weight, int groups) -> Tensor");
   m.def(

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activation_code
-from .flags import allow_tf32_of_convolutions
 from .launch import (
     INTERPRET,
     Wrap,
@@ -24,7 +23,7 @@ from .launch import (
     needs_int64,
     output_format,
 )
-from .product import dot
+from .product import allow_tf32_of_convolutions, dot
 
 # Above this many taps the loops over t, r and s stay loops: unrolled, a 31x31 filter would
 # take minutes to compile. 49 keeps the 7x7 stem and every 3x3x3 unrolled. fp32 without tf32 has no

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -18,3 +21,13 @@ def dot(a, b, acc, ALLOW_TF32: tl.constexpr, INTERPRET: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
+
+
+def allow_tf32_of_convolutions() -> bool:
+    """Whether torch's flags let convolutions of fp32 tensors multiply in tf32."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:
+        # torch refuses the old flag once the per-operator one was set.
+        cudnn: Any = torch.backends.cudnn
+        return bool(cudnn.conv.fp32_precision == "tf32")

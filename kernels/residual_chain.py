@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activation_code
-from .flags import allow_tf32_of_convolutions
 from .launch import INTERPRET, Wrap, check_input, check_shape, check_tensor, device_of, direct, hint
-from .product import dot
+from .product import allow_tf32_of_convolutions, dot
 
 
 # acc[pixels, filters] += conv3x3 of x at output pixels (n, p, q): padding 1, x [N, H, W, C] and

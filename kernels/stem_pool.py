@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activation_code
-from .flags import allow_tf32_of_convolutions
 from .launch import (
     DTYPES,
     INTERPRET,
@@ -20,7 +19,7 @@ from .launch import (
     direct,
     output_format,
 )
-from .product import dot
+from .product import allow_tf32_of_convolutions, dot
 
 # Columns of the image below this, of 4 channels, count in 32 bits.
 MAX_SIZE = 1 << 28

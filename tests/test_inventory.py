@@ -13,7 +13,6 @@ import torch
 import resnet_fast
 from resnet_fast import _library, models, ops
 from resnet_fast.ops import activation
-from resnet_fast.plan.plan import GROUPS
 from resnet_fast.testing import cases, reordered, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +20,6 @@ PACKAGE = ROOT / "resnet_fast"
 PRIVATE = {"add_act": "_add_act_backward", "bn_act_train": "_bn_act_train_backward"}
 # Parts of the registrations that pack weights (resnet_fast/ops/conv_bn_act_<algorithm>.py).
 PARTS = {"_direct_weight", "_direct_conv", "_winograd_weight", "_winograd_conv"}
-# Kernels of the CUDA library beside an op's Triton kernel, each a registration of its own.
-BESIDE = {"stem_pool": "_stem_pool_cuda"}
 # What serves all ops: the memory of their outputs, and a network's layers as one call.
 SHARED = {
     "_release_memory": "pool",
@@ -34,6 +31,10 @@ SHARED = {
 # Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}
 CUDA = {"add_act", "bn_act"}
+# Ops whose CUDA kernel is a registration of its own: the plan chooses it, or another.
+CUDA_FORMS = {"conv_bn_act", "stem_pool"}
+# Ops with C++ sources.
+OWNERS = {*ops.OPS, *CUDA_FORMS}
 # The algorithms of the sources that are named for their op alone.
 UNNAMED = {
     "conv_bn_act": ["panel_gemm", "depthwise"],
@@ -83,7 +84,17 @@ def inside(name: str, module: str) -> bool:
 
 def test_schemas_are_the_listed_ops_their_backwards_and_parts() -> None:
     listed = {*ops.OPS, *ops.FUSED}
-    assert set(schemas()) == listed | set(PRIVATE.values()) | PARTS | set(SHARED) | set(BESIDE.values())
+    forms = {f"_{op}_cuda" for op in CUDA_FORMS}
+    assert set(schemas()) == listed | set(PRIVATE.values()) | PARTS | set(SHARED) | forms
+
+
+@pytest.mark.parametrize("op", sorted(CUDA_FORMS))
+def test_an_ops_cuda_form_has_its_parts(op: str) -> None:
+    assert f'm.impl("_{op}_cuda"' in read(f"csrc/cuda/{op}.cu")
+    assert f'register_fake("resnet_fast::_{op}_cuda"' in read(f"resnet_fast/ops/{op}_cuda.py")
+    read(f"tests/cuda_on_host/{op}.cpp")
+    taken, added = argument_names(schemas()[op]), argument_names(schemas()[f"_{op}_cuda"])
+    assert added[: len(taken)] == taken
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd", "onednn"])
@@ -165,16 +176,12 @@ def test_sources_of_several_layers(op: str) -> None:
     assert f"def launch_{op}(" in read(f"kernels/{op}.py")
     assert f"launch_{op}" in read(f"tests/interpreted/{op}.py")
     assert f'"{op}/' in read("tests/data/triton_resources.json")
-    if op in BESIDE:
-        assert f'"{BESIDE[op]}"' in read(f"csrc/cuda/{op}.cu")
-        assert schemas()[BESIDE[op]].split("(")[1] == schemas()[op].split("(")[1]
-        assert op in GROUPS and BESIDE[op].removeprefix("_") in GROUPS[op]
 
 
 def test_no_source_without_an_op() -> None:
     """A file whose stem is no op's is shared code, and registers what is listed as such."""
     for file in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]:
-        owned = any(file.stem == op or file.stem.startswith(f"{op}_") for op in (*ops.OPS, *BESIDE))
+        owned = any(file.stem == op or file.stem.startswith(f"{op}_") for op in OWNERS)
         if not owned and file.stem not in SHARED.values():
             assert "STABLE_TORCH_LIBRARY" not in file.read_text(), file.name
 

@@ -17,6 +17,7 @@ import resnet_fast
 from resnet_fast import models, ops
 from resnet_fast.nn import chain as chain_module
 from resnet_fast.nn import stem as stem_module
+from resnet_fast.ops import _work, stem_pool_cuda
 from resnet_fast.plan import Plan, binding, cache, group, parse, use
 from resnet_fast.plan import stem as place
 from resnet_fast.testing.budget import expect_within_budget, in_formats
@@ -149,9 +150,9 @@ def test_what_is_measured_are_both_ways_to_the_same_numbers(
 
 
 def test_the_op_runs_where_its_kernel_does() -> None:
-    kernels = ops.module("stem_pool").kernels
     x = torch.empty(1, 3, 8, 8)
-    assert "stem_pool" in kernels(x) and kernels(x.double()) == ()
+    assert ops.module("stem_pool").runs(x) and "stem_pool" in place.kernels(x)
+    assert place.kernels(x.double()) == ()
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def native_stem(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return module._layers(x, *rest)
 
     library.impl("_stem_pool_cuda", run, "CPU")
-    monkeypatch.setattr(module._several, "native_kernel", lambda op: True)
+    monkeypatch.setattr(stem_pool_cuda, "AVAILABLE", True)
     yield called
     library._destroy()
 
@@ -193,7 +194,7 @@ def test_without_triton_the_cuda_library_runs(
     given = arguments(torch.float16, image)
     assert torch.equal(on_cuda(given), module._layers(*given))
     assert native_stem == ["torch.uint8" if image is torch.uint8 else "torch.float16"]
-    assert module.kernels(torch.empty(1, 3, 8, 8)) == ("stem_pool_cuda",)
+    assert place.kernels(torch.empty(1, 3, 8, 8)) == ("stem_pool_cuda",)
 
 
 @torch.no_grad()
@@ -204,10 +205,10 @@ def test_what_the_cuda_library_does_not_run_are_the_layers(
     monkeypatch.setattr(module._several, "AVAILABLE", False)
     wide = [v.double() if isinstance(v, Tensor) else v for v in arguments(torch.half, torch.half)]
     narrow = arguments(torch.float32, torch.float32)
-    monkeypatch.setattr(module, "allow_tf32_of_convolutions", lambda: False)
+    monkeypatch.setattr(stem_pool_cuda, "tf32_allowed", lambda: False)
     for given in (wide, narrow):
         assert torch.equal(on_cuda(given), module._layers(*given))
-    assert native_stem == [] and module.kernels(torch.empty(1, 3, 8, 8)) == ()
+    assert native_stem == [] and place.kernels(torch.empty(1, 3, 8, 8)) == ()
 
 
 def times(**known: float) -> Callable[..., dict[str, float]]:
@@ -274,3 +275,9 @@ def test_a_plan_names_the_kernel(
         net(images())
         assert len(native_stem) == 2
         assert "by stem_pool_cuda (OK)" in str(resnet_fast.explain(net))
+
+
+def test_the_account_knows_the_kernel() -> None:
+    assert _work.of("_stem_pool_cuda") is ops.module("stem_pool").work
+    given = [v.to("meta") if isinstance(v, Tensor) else v for v in arguments(*[torch.half] * 2)]
+    assert torch.ops.resnet_fast._stem_pool_cuda(*given).shape == (1, 5, 3, 3)

@@ -27,4 +27,10 @@ inline int64_t channel_period(int64_t channels, int64_t lanes) {
 // The unsigned indices of a kernel reach numel plus one step, below 2^32 while numel < 2^31.
 inline bool fits_32_bits(int64_t numel) { return numel < (int64_t{1} << 31); }
 
+// A view that starts inside a storage may be misaligned; it then takes the scalar kernel.
+template <typename... Pointers>
+bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % kVectorBytes == 0) && ...);
+}
+
 }  // namespace resnet_fast

@@ -29,12 +29,6 @@ inline dim3 grid_dim(int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-// A view that starts inside a storage may be misaligned; it then takes the scalar kernel.
-template <typename... Pointers>
-bool aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % kVectorBytes == 0) && ...);
-}
-
 template <typename T>
 struct IndexTag {
   using type = T;

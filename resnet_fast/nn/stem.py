@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import _library, ops
+from resnet_fast import _library
 from resnet_fast.nn.blocks import SiteReLU, conv_bn_relu
 from resnet_fast.nn.guarded import guard_of, is_capturing, is_regular
 from resnet_fast.nn.prepared import keep
@@ -20,7 +20,7 @@ from resnet_fast.plan import binding as _binding
 from resnet_fast.plan.group import Choice, choose
 from resnet_fast.plan.plan import LAYERS
 from resnet_fast.plan.site import Site, device_name, dtype_name
-from resnet_fast.plan.stem import NAME, key_of, operands, run_stem, verify_stem
+from resnet_fast.plan.stem import kernels, key_of, operands, run_stem, verify_stem
 
 POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
@@ -60,12 +60,12 @@ class StemPlace:
         def stem(kernel: str, x: Tensor) -> Tensor:
             return run_stem(x.contiguous(memory_format=torch.channels_last), held, "relu", kernel)
 
-        kernels = ops.module(NAME).kernels(x)
+        names = kernels(x)
         choice = choose(
             key_of(site),
             x.device,
-            {kernel: partial(verify_stem, site, x.device, kernel) for kernel in kernels},
-            {**{kernel: partial(stem, kernel, x) for kernel in kernels}, LAYERS: layers},
+            {name: partial(verify_stem, site, x.device, name) for name in names},
+            {**{name: partial(stem, name, x) for name in names}, LAYERS: layers},
         )
         return choice, None if choice.name == LAYERS else partial(stem, choice.name)
 
@@ -159,6 +159,6 @@ def _is_stem(x: Tensor, conv: Any, bn: Any, relu: nn.Module, pool: Any) -> bool:
         and conv.weight.dtype is x.dtype
         and conv.in_channels == x.shape[1]
         and _library.native() is not None
-        and bool(ops.module(NAME).kernels(x))
+        and bool(kernels(x))
         and Structure.below(conv, bn, relu, pool).is_plain()
     )

@@ -17,11 +17,13 @@ from resnet_fast.ops.conv_bn_act import conv_bn_act  # noqa: E402
 from resnet_fast.ops.residual_chain import residual_chain  # noqa: E402
 from resnet_fast.ops.stem_pool import stem_pool  # noqa: E402
 
-# The Triton registrations, where torch brings Triton: a saved graph may call them by name.
+# Other registrations, where their library or Triton is: a saved graph may call them by name.
 from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
     add_act_triton,
     bn_act_triton,
+    conv_bn_act_cuda,
     conv_bn_act_triton,
+    stem_pool_cuda,
 )
 
 OPS = ("conv_bn_act", "bn_act", "add_act", "bn_act_train")

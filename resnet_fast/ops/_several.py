@@ -24,18 +24,16 @@ def has_kernel(op: str, *arguments: Any) -> bool:
     return runs is None or bool(runs(arguments[0]))
 
 
-def native_kernel(op: str) -> bool:
-    """Whether the CUDA library has a kernel of its own, as ``resnet_fast::_<op>_cuda``."""
-    return _checks.has_op(f"_{op}_cuda") and not _checks.lacks_cuda(f"_{op}_cuda")
+# What may run an op on CUDA where Triton does not; it may return NotImplemented, for the layers.
+_without_triton: dict[str, Callable[..., Any]] = {}
 
 
-def implement(
-    op: str,
-    layers: Callable[..., Any],
-    fake: Callable[..., Any],
-    launch: str,
-    native: Callable[..., Any] | None = None,
-) -> bool:
+def without_triton(op: str, run: Callable[..., Any]) -> None:
+    """Let ``run`` be asked before the layers are, on CUDA where there is no kernel of Triton's."""
+    _without_triton[op] = run
+
+
+def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], launch: str) -> bool:
     """Give ``resnet_fast::op`` its kernels; False where the native library does not define it.
 
     Args:
@@ -44,8 +42,6 @@ def implement(
             fp64, and wherever gradients are recorded: these are then the layers' own.
         fake: shapes and strides of the outputs.
         launch: the launcher's name.
-        native: the op by a kernel of the CUDA library, where there is no Triton; it may return
-            ``NotImplemented``, for the layers.
     """
     if not _checks.has_op(op):
         return False
@@ -63,7 +59,8 @@ def implement(
     def cuda(*arguments: Any) -> Any:
         if has_kernel(op, *arguments):
             return launched(getattr(room(op), launch), *arguments)
-        result = NotImplemented if native is None else native(*arguments)
+        run = _without_triton.get(op)
+        result = NotImplemented if run is None else run(*arguments)
         return layers(*arguments) if result is NotImplemented else result
 
     torch.library.register_fake(name, fake)

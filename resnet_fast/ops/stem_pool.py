@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from resnet_fast.errors import ArgumentError, DTypeError
-from resnet_fast.kernels.flags import allow_tf32_of_convolutions
 from resnet_fast.ops import _checks, _several, _work, activation
 
 MAX_CHANNELS = 4
@@ -192,46 +191,9 @@ def _fake(
     return torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=memory_format)
 
 
-def by_cuda(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    input_scale: Tensor | None,
-    input_shift: Tensor | None,
-    act: str,
-) -> Tensor:
-    """The op by the kernel of the CUDA library (csrc/cuda/stem_pool.cuh).
-
-    It multiplies fp32 in TF32, and converts images of uint8; others it takes in the weight's dtype.
-    ``NotImplemented`` where torch's flags or a dtype forbid it, or there is no such kernel.
-    """
-    if not _fits_cuda(x, weight):
-        return NotImplemented
-    if x.dtype not in (weight.dtype, torch.uint8):
-        x, input_scale, input_shift = _operand(x, weight, input_scale, input_shift), None, None
-    return torch.ops.resnet_fast._stem_pool_cuda.default(
-        x, weight, scale, shift, input_scale, input_shift, act
-    )
+def runs(x: Tensor) -> bool:
+    """Whether a CUDA tensor like ``x`` has a Triton kernel of the stem, and not its layers."""
+    return _REGISTERED and _several.has_kernel("stem_pool", x)
 
 
-def _fits_cuda(x: Tensor, weight: Tensor) -> bool:
-    if torch.float64 in (x.dtype, weight.dtype) or not _several.native_kernel("stem_pool"):
-        return False
-    return weight.dtype is not torch.float32 or allow_tf32_of_convolutions()
-
-
-def kernels(x: Tensor) -> tuple[str, ...]:
-    """Names of the kernels that a CUDA tensor like ``x``, with a weight of its dtype, may run by.
-
-    ``stem_pool`` is the op, by Triton; ``stem_pool_cuda`` is :func:`by_cuda`.
-    """
-    if not _REGISTERED:
-        return ()
-    found = ("stem_pool",) if _several.has_kernel("stem_pool", x) else ()
-    return (*found, "stem_pool_cuda") if _fits_cuda(x, x) else found
-
-
-_REGISTERED = _several.implement("stem_pool", _layers, _fake, "launch_stem_pool", by_cuda)
-if _checks.has_op("_stem_pool_cuda"):
-    torch.library.register_fake("resnet_fast::_stem_pool_cuda", _fake)
+_REGISTERED = _several.implement("stem_pool", _layers, _fake, "launch_stem_pool")

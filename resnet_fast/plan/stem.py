@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fast.ops import _pack
+from resnet_fast import ops
+from resnet_fast.ops import _pack, stem_pool_cuda
 from resnet_fast.plan.candidate import ConvArgs, run_aten
 from resnet_fast.plan.site import Site
 from resnet_fast.plan.verify import in_fp64, random_inputs
@@ -28,6 +29,12 @@ def key_of(site: Site) -> str:
 def operands(args: ConvArgs) -> tuple[Tensor | None, ...]:
     """Weight, scale and shift as the op has them."""
     return (args.weight.detach(), *_pack.fold(*args[1:7]))
+
+
+def kernels(x: Tensor) -> tuple[str, ...]:
+    """Names of the kernels that may run a stem of ``x`` on CUDA, its weight being of that dtype."""
+    found = (NAME,) if ops.module(NAME).runs(x) else ()
+    return (*found, NATIVE) if stem_pool_cuda.runs(x, x) else found
 
 
 def run_stem(

@@ -1,0 +1,405 @@
+// Device code of bn_act_train and its backward: what the frames of channels.cuh compute.
+//
+//   z = (x - mean[c]) * scale[c] + bias[c] + residual      scale = rstd * weight      y = act(z)
+//
+// Two passes over memory each way, which move, in units of one tensor of x's size (M values a
+// channel):
+//
+//   forward    MomentsOf      reads x                                writes partials: x alone is 1
+//              Normalise      reads x, residual                      writes y
+//   backward   GradientSums   reads grad_y, x, residual              writes partials
+//              GradientMap    reads grad_y, x, residual              writes grad_x, grad_z
+//
+// The backward recomputes z, bit by bit the forward's, and with it the exact mask: keeping y for it
+// would read as much where there is a residual, and more where there is none. An absent residual is
+// not read, and its gradient not written; nor is one read that enters no derivative (act none).
+//
+// x - mean comes first in z: x * scale + (bias - mean * scale) would round twice at the size of
+// mean * scale, which may be a thousand times that of z.
+#pragma once
+
+#include "channels.cuh"
+
+namespace resnet_fast {
+
+enum Parameter : int { kMean, kScale, kBias, kAlong, kAcross };
+
+// The vectors of one place; those of absent tensors are not read.
+template <typename T, int LANES>
+struct LoadedVectors {
+  Vector<T, LANES> x, residual, grad_y;
+};
+
+// What the forward knows when the statistics are there, and the backward to begin with.
+template <typename T>
+struct Normalisation {
+  using C = Accumulator<T>;
+  const T* x;
+  const T* residual;  // may be null
+  const C *mean, *rstd;
+  const C *weight, *bias;  // may be null
+  Act act;
+
+  template <int K, int PARAMETERS, typename Index>
+  __device__ void load_parameters(Channels<C, PARAMETERS, K>& to, Index channel, Index channels,
+                                  bool vector) const {
+    C weights[K];
+    load_channels(to.value[kMean], mean, C(0), channel, channels, vector);
+    load_channels(to.value[kScale], rstd, C(1), channel, channels, vector);
+    load_channels(weights, weight, C(1), channel, channels, vector);
+    load_channels(to.value[kBias], bias, C(0), channel, channels, vector);
+#pragma unroll
+    for (int k = 0; k < K; ++k) to.value[kScale][k] *= weights[k];
+  }
+
+  template <int LANES, typename Index>
+  __device__ void load_inputs(LoadedVectors<T, LANES>& to, Index vector) const {
+    to.x = load_vector<LANES>(x + vector * LANES);
+    if (residual) to.residual = load_vector<LANES>(residual + vector * LANES);
+  }
+
+  // K is LANES, or 1 where all lanes are of one channel.
+  template <int LANES, int PARAMETERS, int K>
+  __device__ void before_act(const LoadedVectors<T, LANES>& in,
+                             const Channels<C, PARAMETERS, K>& of, C (&centred)[LANES],
+                             C (&z)[LANES]) const {
+#pragma unroll
+    for (int j = 0; j < LANES; ++j) {
+      constexpr auto at = [](int lane) { return K == 1 ? 0 : lane; };
+      centred[j] = to_accumulator(in.x.lane[j]) - of.value[kMean][at(j)];
+      z[j] = affine(centred[j], of.value[kScale][at(j)], of.value[kBias][at(j)]);
+    }
+    if (residual) {
+#pragma unroll
+      for (int j = 0; j < LANES; ++j) z[j] += to_accumulator(in.residual.lane[j]);
+    }
+  }
+};
+
+// y = act(z), rounded once.
+template <typename T>
+struct Normalise {
+  using C = Accumulator<T>;
+  static constexpr int kParameters = 3, kBlocks = 4;
+  Normalisation<T> of;
+  T* y;
+
+  template <int K, typename Index>
+  __device__ Channels<C, kParameters, K> channels(Index channel, Index channels,
+                                                  bool vector) const {
+    Channels<C, kParameters, K> loaded;
+    of.load_parameters(loaded, channel, channels, vector);
+    return loaded;
+  }
+
+  template <int LANES, typename Index>
+  __device__ void apply(Index vector, const Channels<C, kParameters, LANES>& parameters) const {
+    LoadedVectors<T, LANES> in{};
+    of.load_inputs(in, vector);
+    C centred[LANES], z[LANES];
+    of.before_act(in, parameters, centred, z);
+    activate_lanes(of.act, z);
+    Vector<T, LANES> out;
+#pragma unroll
+    for (int j = 0; j < LANES; ++j) out.lane[j] = to_storage<T>(z[j]);
+    store_vector(y + vector * LANES, out);
+  }
+};
+
+// Mean and sum of squared deviations of each channel, in one pass (Chan, Golub, LeVeque 1983,
+// "Algorithms for computing the sample variance"): `count` values more, with sums s of x - mean and
+// q of (x - mean)^2, change
+//
+//   mean by s / n      spread by q - s^2 / n      where n counts all values, the new ones included
+//
+// Deviations are from what the mean was, hence of the data's spread and not of their magnitude: a
+// mean of a thousand deviations costs no digit. The first mean is a value of the thread's own; no
+// value of a set is farther from its mean than sqrt(size) deviations, so that q - s^2 / n cannot
+// cancel, whatever comes first. NaN and infinities make their own channel NaN, no other.
+template <typename T>
+struct MomentsOf {
+  using C = Accumulator<T>;
+  template <int LANES>
+  static constexpr int kRowsAtOnce = 4;
+  template <int LANES>
+  static constexpr int kVectorsAtOnce = LANES == 8 ? 2 : 4;
+  static constexpr int kRowBlocks = 3, kPlaneBlocks = 4;
+  template <int LANES>
+  using Loaded = Vector<T, LANES>;
+  const T* x;
+
+  struct None {};
+  template <int K, typename Index>
+  __device__ None channels(Index, Index, bool) const {
+    return {};
+  }
+
+  template <int LANES, typename Index>
+  __device__ Loaded<LANES> load(Index vector) const {
+    return load_vector<LANES>(x + vector * LANES);
+  }
+
+  template <int LANES, int U, typename Index, typename P>
+  __device__ void add_rows(Gathered<C, LANES, Index>& own, const P&, const Loaded<LANES> (&in)[U],
+                           int filled) const {
+    const bool begins = own.count == 0;
+    own.count += filled;
+    const C share = C(1) / static_cast<C>(own.count);
+#pragma unroll
+    for (int j = 0; j < LANES; ++j) {
+      const C mean = begins ? to_accumulator(in[0].lane[j]) : own.first[j];
+      C sum = 0, squares = 0;
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const C deviation = u < filled ? to_accumulator(in[u].lane[j]) - mean : C(0);
+        sum += deviation;
+        squares = affine(deviation, deviation, squares);
+      }
+      const C change = sum * share;
+      own.first[j] = mean + change;
+      own.second[j] += affine(-sum, change, squares);
+    }
+  }
+
+  template <int LANES, int U, typename Index, typename P>
+  __device__ void add_lanes(Gathered<C, 1, Index>& own, const P&, const Loaded<LANES> (&in)[U],
+                            const int (&begin)[U], const int (&end)[U]) const {
+    C mean = own.first[0];
+    if (own.count == 0) {
+#pragma unroll
+      for (int u = U - 1; u >= 0; --u) {
+#pragma unroll
+        for (int j = LANES - 1; j >= 0; --j) {
+          if (j >= begin[u] && j < end[u]) mean = to_accumulator(in[u].lane[j]);
+        }
+      }
+    }
+    C sum = 0, squares = 0;
+    int added = 0;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      added += end[u] - begin[u];
+#pragma unroll
+      for (int j = 0; j < LANES; ++j) {
+        const bool mine = j >= begin[u] && j < end[u];
+        const C deviation = mine ? to_accumulator(in[u].lane[j]) - mean : C(0);
+        sum += deviation;
+        squares = affine(deviation, deviation, squares);
+      }
+    }
+    own.count += added;
+    const C share = own.count == 0 ? C(0) : C(1) / static_cast<C>(own.count);
+    const C change = sum * share;
+    own.first[0] = mean + change;
+    own.second[0] += affine(-sum, change, squares);
+  }
+
+  // Two sets become one; the same formula, `other` being the new values.
+  template <int K, typename Index>
+  __device__ static void combine(Gathered<C, K, Index>& own, const Gathered<C, K, Index>& other) {
+    const Index count = own.count + other.count;
+    const C share = count == 0 ? C(0) : static_cast<C>(other.count) / static_cast<C>(count);
+    const C weight = static_cast<C>(own.count) * share;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const C between = other.first[k] - own.first[k];
+      own.first[k] = affine(between, share, own.first[k]);
+      own.second[k] += affine(between * weight, between, other.second[k]);
+    }
+    own.count = count;
+  }
+};
+
+// sum(grad_z) and sum(grad_z * (x - mean)) of each channel, grad_z = grad_y * act'(z).
+template <typename T>
+struct GradientSums {
+  using C = Accumulator<T>;
+  static constexpr int kParameters = 3;
+  template <int LANES>
+  static constexpr int kRowsAtOnce = LANES == 1 ? 4 : 2;
+  template <int LANES>
+  static constexpr int kVectorsAtOnce = LANES == 1 ? 4 : 2;
+  static constexpr int kRowBlocks = 2, kPlaneBlocks = 3;
+  template <int LANES>
+  using Loaded = LoadedVectors<T, LANES>;
+  Normalisation<T> of;
+  const T* grad_y;
+
+  template <int K, typename Index>
+  __device__ Channels<C, kParameters, K> channels(Index channel, Index channels,
+                                                  bool vector) const {
+    Channels<C, kParameters, K> loaded;
+    of.load_parameters(loaded, channel, channels, vector);
+    return loaded;
+  }
+
+  template <int LANES, typename Index>
+  __device__ Loaded<LANES> load(Index vector) const {
+    Loaded<LANES> in{};
+    of.load_inputs(in, vector);
+    in.grad_y = load_vector<LANES>(grad_y + vector * LANES);
+    return in;
+  }
+
+  // grad_z, and x - mean.
+  template <int LANES, int PARAMETERS, int K>
+  __device__ void evaluate(const Loaded<LANES>& in, const Channels<C, PARAMETERS, K>& parameters,
+                           C (&centred)[LANES], C (&grad)[LANES]) const {
+    of.before_act(in, parameters, centred, grad);
+    differentiate_lanes(of.act, grad);
+#pragma unroll
+    for (int j = 0; j < LANES; ++j) grad[j] = chain(to_accumulator(in.grad_y.lane[j]), grad[j]);
+  }
+
+  template <int LANES, int U, typename Index, typename P>
+  __device__ void add_rows(Gathered<C, LANES, Index>& own, const P& parameters,
+                           const Loaded<LANES> (&in)[U], int filled) const {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u >= filled) break;
+      C centred[LANES], grad[LANES];
+      evaluate(in[u], parameters, centred, grad);
+#pragma unroll
+      for (int j = 0; j < LANES; ++j) {
+        own.first[j] += grad[j];
+        own.second[j] = affine(grad[j], centred[j], own.second[j]);
+      }
+    }
+  }
+
+  template <int LANES, int U, typename Index, typename P>
+  __device__ void add_lanes(Gathered<C, 1, Index>& own, const P& parameters,
+                            const Loaded<LANES> (&in)[U], const int (&begin)[U],
+                            const int (&end)[U]) const {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      C centred[LANES], grad[LANES];
+      evaluate(in[u], parameters, centred, grad);
+      C sum = 0, along = 0;
+#pragma unroll
+      for (int j = 0; j < LANES; ++j) {
+        if (j >= begin[u] && j < end[u]) {
+          sum += grad[j];
+          along = affine(grad[j], centred[j], along);
+        }
+      }
+      own.first[0] += sum;
+      own.second[0] += along;
+    }
+  }
+
+  template <int K, typename Index>
+  __device__ static void combine(Gathered<C, K, Index>& own, const Gathered<C, K, Index>& other) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      own.first[k] += other.first[k];
+      own.second[k] += other.second[k];
+    }
+  }
+};
+
+//   grad_x = scale * (grad_z - along - (x - mean) * across)
+//
+// with `along` the mean of grad_z and `across` rstd times that of grad_z * xhat, both by channel
+// from FinishGradients. grad_z is the residual's gradient, and not written where there is none.
+template <typename T>
+struct GradientMap {
+  using C = Accumulator<T>;
+  static constexpr int kParameters = 5, kBlocks = 3;
+  GradientSums<T> sums;
+  const C *along, *across;
+  T* grad_x;
+  T* grad_z;  // may be null
+
+  template <int K, typename Index>
+  __device__ Channels<C, kParameters, K> channels(Index channel, Index channels,
+                                                  bool vector) const {
+    Channels<C, kParameters, K> loaded;
+    sums.of.load_parameters(loaded, channel, channels, vector);
+    load_channels(loaded.value[kAlong], along, C(0), channel, channels, vector);
+    load_channels(loaded.value[kAcross], across, C(0), channel, channels, vector);
+    return loaded;
+  }
+
+  template <int LANES, typename Index>
+  __device__ void apply(Index vector, const Channels<C, kParameters, LANES>& of) const {
+    const auto in = sums.template load<LANES>(vector);
+    C centred[LANES], grad[LANES];
+    sums.evaluate(in, of, centred, grad);
+    Vector<T, LANES> to_x, to_z;
+#pragma unroll
+    for (int j = 0; j < LANES; ++j) {
+      to_z.lane[j] = to_storage<T>(grad[j]);
+      const C rest = affine(-centred[j], of.value[kAcross][j], grad[j] - of.value[kAlong][j]);
+      to_x.lane[j] = to_storage<T>(of.value[kScale][j] * rest);
+    }
+    store_vector(grad_x + vector * LANES, to_x);
+    if (grad_z) store_vector(grad_z + vector * LANES, to_z);
+  }
+};
+
+// The partials' sums, around the mean of the first of them.
+struct AddPartials {
+  template <typename Sums>
+  __device__ static void combine(Sums& own, const Sums& other) {
+    own.first[0] += other.first[0];
+    own.second[0] += other.second[0];
+  }
+};
+
+// mean, and rstd = 1 / sqrt(spread / M + eps). Around any number a the partials' means m and
+// spreads s give, n being their counts,
+//
+//   S = sum(n * (m - a))     Q = sum(s + n * (m - a)^2)     mean = a + S / M     spread = Q - S^2 /
+//   M
+//
+// without a division a partial. a is the first partial's mean, which is as near as one value is to
+// the mean in MomentsOf.
+template <typename C>
+struct FinishMoments : AddPartials {
+  double values, eps;
+  C *mean, *rstd;
+
+  template <typename Sums>
+  __device__ static void add(Sums& own, const Partial<C>& partial, const Partial<C>& pivot) {
+    const double count = static_cast<double>(partial.count);
+    const double away = static_cast<double>(partial.first) - static_cast<double>(pivot.first);
+    own.first[0] += count * away;
+    own.second[0] += static_cast<double>(partial.second) + count * away * away;
+  }
+
+  template <typename Sums>
+  __device__ void store(unsigned channel, const Sums& own, const Partial<C>& pivot) const {
+    const double away = own.first[0] / values;
+    const double variance = own.second[0] / values - away * away;
+    mean[channel] = static_cast<C>(static_cast<double>(pivot.first) + away);
+    rstd[channel] = static_cast<C>(1.0 / sqrt(variance + eps));
+  }
+};
+
+// grad_bias, grad_weight, and for GradientMap their means: rstd makes xhat of x - mean.
+template <typename C>
+struct FinishGradients : AddPartials {
+  double values;
+  const C* rstd_of;
+  C *grad_weight, *grad_bias;
+  C *along, *across;
+
+  template <typename Sums>
+  __device__ static void add(Sums& own, const Partial<C>& partial, const Partial<C>&) {
+    own.first[0] += static_cast<double>(partial.first);
+    own.second[0] += static_cast<double>(partial.second);
+  }
+
+  template <typename Sums>
+  __device__ void store(unsigned channel, const Sums& own, const Partial<C>&) const {
+    const double rstd = static_cast<double>(rstd_of[channel]);
+    const double weight = own.second[0] * rstd;
+    grad_bias[channel] = static_cast<C>(own.first[0]);
+    grad_weight[channel] = static_cast<C>(weight);
+    along[channel] = static_cast<C>(own.first[0] / values);
+    across[channel] = static_cast<C>(weight * rstd / values);
+  }
+};
+
+}  // namespace resnet_fast
