@@ -93,9 +93,7 @@ def launch(
     integers = {
         "x_offset": a.x.storage_offset(),
         **dict(zip(("x_image", "x_channel", "x_row", "x_column"), a.x.stride(), strict=True)),
-        **dict(
-            zip(("w_filter", "w_channel", "w_row", "w_column"), a.weight.stride(), strict=True)
-        ),
+        **dict(zip(("w_filter", "w_channel", "w_row", "w_column"), a.weight.stride(), strict=True)),
         **{"batch": n, "channels": channels, "height": height, "width": width},
         **{"filters": filters, "strip": tiling[0], "tiles": tiling[1]},
         **{"multiprocessors": multiprocessors, "shared": shared, "resident": resident},

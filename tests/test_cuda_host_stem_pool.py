@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from host_support import HostError, driver
-from stem_host_support import Arguments, draw, expect, laid_out, launch
+from stem_host_support import draw, expect, laid_out, launch
 from torch import Tensor
 
 from resnet_fast.ops import activation
@@ -39,7 +38,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_matches_fp64(
     program: Path, dtype: torch.dtype, channels: int, layout: str, raw: bool
 ) -> None:
-    for index, size in enumerate(SIZES):
+    for index, size in enumerate(SIZES if dtype is torch.float16 else SIZES[-4:]):
         # Filters of a whole vector and not, of one warp and of two.
         a = draw((1 + index % 2, channels, *size), (64, 37, 16)[index % 3], dtype, layout, raw)
         y, launched = launch(program, a)
@@ -120,18 +119,18 @@ def test_special_weights_and_sums(program: Path, dtype: torch.dtype) -> None:
     assert y[:, [3, 7]].isnan().all() and not y[:, [0, 1, 2, 4, 6, 8, 9]].isnan().any()
 
 
-TILINGS = ((1, 1), (1, 3), (2, 2), (3, 1), (5, 4), (16, 8))
+TILINGS = ((1, 1), (2, 2), (3, 1), (8, 4))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_the_same_in_every_tiling(program: Path, dtype: torch.dtype, layout: str) -> None:
     """A value's products have one order, whoever makes them, and however few blocks there are."""
-    a = draw((2, 3, 45, 117), 40, dtype, layout, act="silu")
+    a = draw((2, 3, 29, 77), 40, dtype, layout, act="silu")
     y, _ = launch(program, a)
     expect(y, a)
     for tiling in TILINGS:
-        for resident in (1, 1 << 30):
+        for resident in (1, 1 << 30) if tiling == (2, 2) else (1 << 30,):
             other, launched = launch(program, a, tiling=tiling, resident=resident)
             assert (launched.strip, launched.tiles) == tiling
             assert same(other, y), (tiling, resident)
@@ -140,10 +139,10 @@ def test_bits_are_the_same_in_every_tiling(program: Path, dtype: torch.dtype, la
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_the_same_in_every_order(program: Path, dtype: torch.dtype) -> None:
     for layout, width, raw in (("last", 64, False), ("planes", 64, True), ("slice", 61, False)):
-        a = draw((2, 3, 23, width), 40, dtype, layout, raw)
-        y, _ = launch(program, a, tiling=(2, 1), resident=3)
-        for order, seed in (("descending", 0), ("shuffled", 1), ("shuffled", 2)):
-            other, _ = launch(program, a, tiling=(2, 1), resident=3, order=order, seed=seed)
+        a = draw((1, 3, 15, width), 40, dtype, layout, raw)
+        y, _ = launch(program, a, tiling=(2, 1), resident=2)
+        for order in ("descending", "shuffled"):
+            other, _ = launch(program, a, tiling=(2, 1), resident=2, order=order)
             assert same(other, y), order
 
 
@@ -186,59 +185,88 @@ def test_what_is_chosen(program: Path) -> None:
     assert 49 * 1024 < least.shared <= 99 * 1024
 
 
-# The program of one kind of kernel, which is built in a third of the time.
+# One kind of kernel, which is built in a third of the time.
 ONE_KIND = {
     "tests/cuda_on_host/stem_pool.cpp": [
         ("run<bf16>(it)", "return 2"),
         ("run<float>(it)", "return 2"),
-        *((f"run<T, {c}>(it)", "it.finish(), void()") for c in (1, 2, 4)),
+        *((f"run<T, {channels}>(it)", "it.finish(), void()") for channels in (1, 2, 4)),
     ]
 }
-KERNEL = "csrc/cuda/stem_pool.cuh"
+WINDOW, KERNEL = "csrc/cuda/stem_pool_window.cuh", "csrc/cuda/stem_pool.cuh"
 BUGS = {
-    "the filters overwritten before they are read": [("    sync_block();\n    if (a.raw)", "    if (a.raw)")],
-    "the window read before it is there": [("    sync_block();\n\n    const int top", "    const int top")],
-    "copies not waited for": [("    wait_copies<0>();\n", "")],
-    "the pixel before the filter not masked": [("unit == 0 ? word & mask : word", "word")],
-    "a window one row up": [("(2 * i - y0 + row)", "(2 * i - y0 - 1 + row)")],
-    "a window one pixel on": [("const int lead = span.first % 2 ? 0 : 4;", "const int lead = span.first % 2 ? 0 : 5;")],
-    "the last column's right neighbour pooled": [("right = 2 * (pair + g) + 1 < shape.columns ? right : -INFINITY;", "")],
-    "the column at a tile's edge forgotten": [("before = tile == 0 ? -INFINITY : edge[j];", "before = -INFINITY;")],
-    "the row below the map pooled": [("s1[j / 4][j % 4] = -INFINITY;", "s1[j / 4][j % 4] = 0.0f;")],
-    "outputs staged over those being read": [("          sync_warp();\n#pragma unroll", "#pragma unroll")],
-    "outputs read before they are staged": [("          sync_warp();\n          constexpr", "          constexpr")],
-    "NaN lost": [("max_or_nan(left, right)", "fmaxf(left, right)")],
+    "a pixel that is none of the filter's": (KERNEL, "unit == 0 ? word & mask", "~mask == 1 ? 0"),
+    "a window one row up": (KERNEL, "(2 * i + row) *", "(2 * i - 1 + row) *"),
+    "a window one pixel on": (KERNEL, "(early + 4 *", "(early + 1 + 4 *"),
+    "a column right of the map": (
+        KERNEL,
+        "odd = 2 * (column + g) + 1 < shape.columns ? odd : -INFINITY;",
+        "",
+    ),
+    "a row below the map": (KERNEL, "s1[j / 4][j % 4] = -INFINITY", "s1[j / 4][j % 4] = 0.0f"),
+    "no column from the tile before": (KERNEL, "tile == 0 ? -INFINITY : edge[j]", "-INFINITY"),
+    "the wrong column from the tile before": (KERNEL, "(lane + 28)", "(lane + 24)"),
+    "NaN lost": (KERNEL, "max_or_nan(even, odd)", "fmaxf(even, odd)"),
+    "outputs of another block": (KERNEL, "q >= out.stored &&", "q > out.stored &&"),
+    "padding normalised": (WINDOW, "if (inside(y0 + chunk", "if (a.raw || inside(y0 + chunk"),
+    "padding left as it was": (
+        WINDOW,
+        "uint32_t word[kWords] = {};",
+        "uint32_t word[kWords] = {};"
+        "if (!inside(y0 + chunk / width, x0 + chunk % width * kStemChunk)) continue;",
+    ),
+    "copies not waited for": (WINDOW, "    wait_copies<0>();\n", ""),
+}
+RACES = {
+    "filters overwritten while they are read": (
+        "    sync_block();\n    if (a.raw)",
+        "    if (a.raw)",
+    ),
+    "a window read before it is there": (
+        "    sync_block();\n\n    // The warp's",
+        "    // The warp's",
+    ),
+    "filters read before they are there": ("  sync_block();\n  const int lane", "  const int lane"),
+    "outputs over those being read": ("  sync_warp();\n#pragma unroll", "#pragma unroll"),
+    "outputs read before they are there": ("  sync_warp();\n  constexpr", "  constexpr"),
 }
 
 
-def _suspicious() -> list[tuple[Arguments, dict[str, Any]]]:
+def caught(program: Path, orders: tuple[str, ...] = ("ascending", "descending")) -> bool:
+    """Whether any of a few cases shows that something is wrong with the kernel."""
     torch.manual_seed(1)
-    cases = []
-    for order in ("ascending", "descending", "shuffled"):
-        for layout, size, raw in (("last", (23, 64), False), ("planes", (17, 61), True)):
-            a = draw((2, 3, *size), 40, torch.float16, layout, raw, act="none")
+    for order in orders:
+        for layout, size, raw in (
+            ("last", (23, 64), False),
+            ("planes", (9, 64), True),
+            ("slice", (5, 61), False),
+        ):
+            a = draw((1, 3, *size), 40, torch.float16, layout, raw, act="none")
             a = a._replace(shift=a.shift - 20)
-            if not raw:
+            if layout == "last":
                 a.x[0, 0, 9, 13] = float("nan")
-                a.x[1, 2, 20, 40] = float("inf")
-            cases.append((a, {"tiling": (2, 1), "resident": 2, "order": order}))
-            cases.append((a, {"tiling": (1, 2), "order": order}))
-    return cases
-
-
-def _caught(program: Path) -> bool:
-    for a, options in _suspicious():
-        try:
-            expect(launch(program, a, **options)[0], a)
-        except (HostError, AssertionError):
-            return True
+                a.x[0, 2, 20, 40] = float("inf")
+            for tiling in ((2, 1), (1, 2)):
+                try:
+                    y, _ = launch(program, a, tiling=tiling, resident=2, order=order)
+                    expect(y, a)
+                except (HostError, AssertionError):
+                    return True
     return False
 
 
-def test_the_cases_for_planted_bugs_pass_without() -> None:
-    assert not _caught(driver("stem_pool", patches=ONE_KIND))
+@pytest.mark.parametrize("tracing", [False, True])
+def test_nothing_is_wrong_without_a_planted_bug(tracing: bool) -> None:
+    assert not caught(driver("stem_pool", patches=ONE_KIND, tracing=tracing))
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug: str) -> None:
-    assert _caught(driver("stem_pool", patches={**ONE_KIND, KERNEL: BUGS[bug]}))
+    file, old, new = BUGS[bug]
+    assert caught(driver("stem_pool", patches={**ONE_KIND, file: [(old, new)]}))
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_planted_races_are_caught(race: str) -> None:
+    patches = {**ONE_KIND, KERNEL: [RACES[race]]}
+    assert caught(driver("stem_pool", patches=patches, tracing=True), ("ascending",))

@@ -254,9 +254,7 @@ def test_a_kernel_that_is_wrong_is_out_of_the_running(
 
 
 @torch.no_grad()
-def test_a_plan_names_the_kernel(
-    native_stem: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_names_the_kernel(native_stem: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "measure", times(stem_pool=2.0, stem_pool_cuda=1.0, layers=3.0))
     net, plan = network(), Plan("cpu")
     monkeypatch.setattr(binding._state, "grouping", plan, raising=False)
@@ -278,6 +276,7 @@ def test_a_plan_names_the_kernel(
 
 
 def test_the_account_knows_the_kernel() -> None:
-    assert _work.of("_stem_pool_cuda") is ops.module("stem_pool").work
     given = [v.to("meta") if isinstance(v, Tensor) else v for v in arguments(*[torch.half] * 2)]
+    work = _work.of("_stem_pool_cuda")
+    assert work is not None and work(*given) == ops.module("stem_pool").work(*given)
     assert torch.ops.resnet_fast._stem_pool_cuda(*given).shape == (1, 5, 3, 3)

@@ -24,6 +24,8 @@ int main() {
     cuda_on_host::launch(2, 1, 1004, look, 251, out);
   } else if (kernel == "narrow") {
     cuda_on_host::launch(1, kWarp, 0, narrow, in, out);
+  } else if (kernel == "larger") {
+    cuda_on_host::launch(1, kWarp, 0, larger, in, out);
   } else if (kernel == "synchronise") {
     cuda_on_host::launch(1, 64, 64 * 4, synchronise, in, out);
   } else if (kernel == "exchange") {

@@ -76,6 +76,13 @@ __global__ void copy(const uint32_t* in, uint32_t* out) {
   to[32] = shared[7];
 }
 
+// in: two numbers a lane; out: their maximum.
+__global__ void larger(const uint32_t* in, uint32_t* out) {
+  const uint32_t* pair = in + 2 * threadIdx.x;
+  out[threadIdx.x] =
+      detail::as_bits(max_or_nan(detail::as_float(pair[0]), detail::as_float(pair[1])));
+}
+
 // Of each of two blocks, out: the 32-bit address of the shared memory, its pointer's, the last word
 // before the block has written it.
 __global__ void look(uint32_t words, uint32_t* out) {
