@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from resnet_fast import verify
 from resnet_fast._version import __version__
 from resnet_fast.errors import ArgumentError, LibraryError
-from resnet_fast.ops._work import Work, nbytes
+from resnet_fast.ops._work import Work, base, nbytes
 from resnet_fast.plan import devices, model_rows, traffic
 from resnet_fast.plan.devices import Device
 from resnet_fast.plan.plan import GROUPS
@@ -204,7 +204,7 @@ def _planned(question: Question, plan: str) -> Way:
         rows = model_rows(model)
     # Sites of layers that a kernel of several took in have not run.
     inside = sum(row["reason"] == "NOT_RUN" for row in rows)
-    groups = sum(launch.op.rpartition("::")[2] in GROUPS for launch in launches)
+    groups = sum(base(launch.op.rpartition("::")[2]) in GROUPS for launch in launches)
     ran = [row for row in rows if row["reason"] != "NOT_RUN"]
     sites = Counter((row["candidate"], row["reason"]) for row in ran)
     notes = [f"{inside} sites within {groups} kernels of several layers"] if groups else []
