@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import pytest
 from cuda_library_support import EVERY, built_library
+from resnet_fast.kernels import cuda_resources
 
 from resnet_fast import _library
-from resnet_fast.kernels import cuda_resources
 
 LIBRARY, CUOBJDUMP = built_library()
 ROWS, NVCC = cuda_resources.read(LIBRARY, CUOBJDUMP)
