@@ -14,6 +14,7 @@
 
 #include "build_info.h"
 #include "cpu/isa.h"
+#include "cuda/conv_choice.h"
 #include "guard.h"
 #include "math/fingerprint.h"
 
@@ -115,6 +116,23 @@ py::list kernel_variants() {
   return rows;
 }
 
+// What the CUDA library's convolution runs: the filters' shape is K, C / groups, R, S.
+std::string conv_variant(int element_bytes, int64_t pixels, const std::vector<int>& filters,
+                         int groups, const std::string& tile) {
+  if (filters.size() != 4 || groups < 1 || pixels < 0 || pixels > INT32_MAX) {
+    throw std::invalid_argument("conv_variant: expected a filter of four dimensions, groups >= 1");
+  }
+  resnet_fast::ConvShape shape{};
+  shape.batch = shape.out_height = 1;
+  shape.out_width = static_cast<int>(pixels);
+  shape.filters = filters[0];
+  shape.group_channels = filters[1];
+  shape.kernel_h = filters[2];
+  shape.kernel_w = filters[3];
+  shape.groups = groups;
+  return resnet_fast::conv_variant(element_bytes, shape, tile);
+}
+
 // The fingerprint of several buffers: order and length count, too.
 uint64_t fingerprint(const std::vector<std::pair<uint64_t, uint64_t>>& buffers) {
   uint64_t h = buffers.size();
@@ -153,6 +171,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_features", &cpu_features, "Instruction sets of this CPU.");
   m.def("current_isa", &current_isa, "The instruction set that the CPU kernels use here.");
   m.def("kernel_variants", &kernel_variants, "Compiled kernels: name, op, device, isa.");
+  m.def("conv_variant", &conv_variant, py::arg("element_bytes"), py::arg("pixels"),
+        py::arg("filters"), py::arg("groups"), py::arg("tile"),
+        "Tile, parts of the reduction and bytes of a copy that the CUDA convolution takes.");
   m.def("fingerprint", &fingerprint, py::arg("buffers"),
         "Change detector over (address, bytes) pairs of live CPU memory, as a 64-bit integer.");
   py::class_<Watch>(m, "Watch", "The fingerprint of live CPU memory, to be compared again.")

@@ -23,6 +23,7 @@ LAYER = Path("tests/cuda_on_host")
 BUILDS = ROOT / "build/cuda_on_host"
 FLAGS = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+TRACING = ("-fsanitize=thread",)
 # Longer than any case takes: what runs on spins.
 SECONDS = 300
 KEPT_SECONDS = 7 * 24 * 3600
@@ -34,14 +35,16 @@ class HostError(Exception):
     """A driver failed; the text is what it wrote to stderr."""
 
 
-def driver(op: str, patches: Patches | None = None) -> Path:
+def driver(op: str, patches: Patches | None = None, *, tracing: bool = False) -> Path:
     """The program of ``tests/cuda_on_host/<op>.cpp``, built with the sanitizers.
 
     ``patches`` replaces text in the files it names, each ``old`` once or more in its file, for
-    programs with a planted bug. Programs are kept under their content's hash.
+    programs with a planted bug. With ``tracing`` the search for races sees plain accesses to shared
+    memory, outputs and scratch, and nobody sees those outside (tests/cuda_on_host/trace.h).
+    Programs are kept under their content's hash.
     """
     sources = _sources(LAYER / f"{op}.cpp", patches or {})
-    flags = (*FLAGS, *(SANITIZERS if sanitized() else ()))
+    flags = (*FLAGS, *(TRACING if tracing else SANITIZERS if sanitized() else ()))
     key = hashlib.sha256(repr((sources, flags, _compiler_version())).encode()).hexdigest()[:24]
     program = BUILDS / f"{op}-{key}"
     if program.exists():
@@ -54,9 +57,11 @@ def driver(op: str, patches: Patches | None = None) -> Path:
         for path, text in sources.items():
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             (tree / path).write_text(text)
-        command = [_compiler(), *flags, f"{LAYER}/{op}.cpp", "-o", "program"]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[:8000]
+        compiling = [_compiler(), *flags, "-c", f"{LAYER}/{op}.cpp", "-o", "object"]
+        linking = [_compiler(), *(() if tracing else flags), "object", "-o", "program"]
+        for command in (compiling, linking):
+            done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[:8000]
         (tree / "program").replace(program)
     return program
 

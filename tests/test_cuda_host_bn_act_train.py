@@ -96,7 +96,7 @@ class Problem:
         }
         return tensors | {"eps": EPS, "act": self.act}
 
-    def clear_of_kinks(self) -> "Problem":
+    def clear_of_kinks(self) -> Problem:
         """No gradient arrives where a rounded pre-activation may be on either side of a kink."""
         z = REFERENCE(**self.arguments(torch.float64) | {"act": "none"})[0]
         clear = torch.ones_like(z, dtype=torch.bool)

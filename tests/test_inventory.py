@@ -28,9 +28,11 @@ SHARED = {
     "_sequence_bytes": "sequence",
     "_free_sequence": "sequence",
 }
-# Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
+# Backends of an op beyond the CPU's.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}
-CUDA = {"add_act", "bn_act"}
+CUDA = {"add_act", "bn_act", "bn_act_train"}
+# Ops whose CUDA kernel is a registration of its own: the plan chooses it, or another.
+CUDA_FORMS = {"conv_bn_act"}
 # The algorithms of the sources that are named for their op alone.
 UNNAMED = {
     "conv_bn_act": ["panel_gemm", "depthwise"],
@@ -80,7 +82,17 @@ def inside(name: str, module: str) -> bool:
 
 def test_schemas_are_the_listed_ops_their_backwards_and_parts() -> None:
     listed = {*ops.OPS, *ops.FUSED}
-    assert set(schemas()) == listed | set(PRIVATE.values()) | PARTS | set(SHARED)
+    forms = {f"_{op}_cuda" for op in CUDA_FORMS}
+    assert set(schemas()) == listed | set(PRIVATE.values()) | PARTS | set(SHARED) | forms
+
+
+@pytest.mark.parametrize("op", sorted(CUDA_FORMS))
+def test_an_ops_cuda_form_has_its_parts(op: str) -> None:
+    assert f'm.impl("_{op}_cuda"' in read(f"csrc/cuda/{op}.cu")
+    assert f'register_fake("resnet_fast::_{op}_cuda"' in read(f"resnet_fast/ops/{op}_cuda.py")
+    read(f"tests/cuda_on_host/{op}.cpp")
+    taken, added = argument_names(schemas()[op]), argument_names(schemas()[f"_{op}_cuda"])
+    assert added[: len(taken)] == taken
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd", "onednn"])
@@ -150,7 +162,8 @@ def test_sources(op: str) -> None:
     if op in PRIVATE:
         assert f'"{PRIVATE[op]}"' in read(f"csrc/cpu/{op}.cpp")
     if op in CUDA:
-        assert f'"{op}"' in read(f"csrc/cuda/{op}.cu")
+        for name in (op, *([PRIVATE[op]] if op in PRIVATE else ())):
+            assert f'"{name}"' in read(f"csrc/cuda/{op}.cu")
     if op in KERNELS:
         assert f"def launch_{op}(" in read(f"kernels/{op}.py")
         assert f"_{op}_triton" in read(f"resnet_fast/ops/{op}_triton.py")

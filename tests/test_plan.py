@@ -401,7 +401,7 @@ HALF = Site(
 @pytest.fixture
 def imaginary(monkeypatch):
     """The candidates of a GPU, all of them right, as far as the order goes."""
-    for name in ("triton", "conv+bn_act"):
+    for name in ("implicit_gemm", "triton", "conv+bn_act"):
         candidate = Candidate(name, lambda site: None, run_aten, run_aten)
         monkeypatch.setitem(CANDIDATES, name, candidate)
     cpu = torch.device("cpu")
@@ -411,8 +411,9 @@ def imaginary(monkeypatch):
     return lambda call=None: plan.resolve(HALF, cpu, call)
 
 
-def test_a_kernel_in_the_librarys_place_has_to_win_on_the_device(imaginary, monkeypatch):
-    assert default_order(HALF) == ("triton", "conv+bn_act", "aten")
+def test_kernels_in_the_librarys_place_have_to_win_on_the_device(imaginary, monkeypatch):
+    contenders = ["implicit_gemm", "triton", "conv+bn_act"]
+    assert default_order(HALF) == (*contenders, "aten")
     for device, dtype in (
         ("cuda:Old:sm_75", "float16"),
         (HALF.device, "float32"),
@@ -421,14 +422,17 @@ def test_a_kernel_in_the_librarys_place_has_to_win_on_the_device(imaginary, monk
         site = Site(**{**vars(HALF), "device": device, "dtype": dtype})
         assert default_order(site) == ("conv+bn_act", "aten")
     unmeasured = imaginary()
-    assert unmeasured.candidate.name == "conv+bn_act" and "not measured" in unmeasured.notes[0]
+    assert unmeasured.candidate.name == "conv+bn_act"
+    assert ["not measured" in note for note in unmeasured.notes] == [True, True]
     asked = []
-    for triton, library, winner in (
-        (1.0, 2.0, "triton"),
-        (2.0, 1.0, "conv+bn_act"),
-        (1.0, 1.0, "conv+bn_act"),
+    for own, triton, library, winner in (
+        (1.0, 3.0, 2.0, "implicit_gemm"),
+        (3.0, 1.0, 2.0, "triton"),
+        (2.0, 3.0, 1.0, "conv+bn_act"),
+        (1.0, 1.0, 1.0, "conv+bn_act"),
+        (1.0, 1.0, 2.0, "triton"),
     ):
-        times = {"triton": triton, "conv+bn_act": library}
+        times = dict(zip(contenders, (own, triton, library), strict=True))
 
         def measured(runs, device, times=times):
             for run in runs.values():
@@ -438,8 +442,12 @@ def test_a_kernel_in_the_librarys_place_has_to_win_on_the_device(imaginary, monk
         monkeypatch.setattr(binding_module, "measure", measured)
         found = imaginary(asked.append)
         assert found.candidate.name == winner
-        assert winner == "triton" or "triton: slower here" in found.notes[0]
-    assert [candidate.name for candidate in asked] == ["triton", "conv+bn_act"] * 3
+        beaten = contenders[: contenders.index(winner)]
+        assert len(found.notes) == len(beaten)
+        for name, note in zip(beaten, found.notes, strict=True):
+            assert f"{name}: slower here" in note
+        assert found.microseconds == (None if winner == "conv+bn_act" else times[winner])
+    assert [candidate.name for candidate in asked] == contenders * 5
 
 
 def test_a_plan_needs_no_second_measurement(imaginary, monkeypatch):

@@ -94,6 +94,13 @@ void map_channels(Device& device, const ChannelShape& shape, const Map& map,
   }
 }
 
+// norm_act: the pass behind the statistics.
+template <typename T, int LANES, typename Index, typename Device>
+void run_norm_act(Device& device, const ChannelShape& shape, const Normalisation<T>& of, T* y) {
+  const bool vector = shape.has_vector_parameters(LANES, of.mean, of.rstd, of.weight, of.bias);
+  map_channels<T, LANES, Index>(device, shape, Normalise<T>{of, y}, vector);
+}
+
 template <typename T>
 struct ForwardOutputs {
   T* y;
@@ -109,8 +116,7 @@ void run_bn_act_train(Device& device, const ChannelShape& shape, Normalisation<T
   reduce_channels<T, LANES, Index>(device, shape, MomentsOf<T>{of.x}, finish, false);
   of.mean = out.mean;
   of.rstd = out.rstd;
-  const bool vector = shape.has_vector_parameters(LANES, of.mean, of.rstd, of.weight, of.bias);
-  map_channels<T, LANES, Index>(device, shape, Normalise<T>{of, out.y}, vector);
+  run_norm_act<T, LANES, Index>(device, shape, of, out.y);
 }
 
 template <typename T>

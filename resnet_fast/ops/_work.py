@@ -2,9 +2,9 @@
 
 Each contract file ``ops/<op>.py`` of an op that inference runs has a function ``work`` with the
 op's own parameters, in the op's own order, which returns a :class:`Work`. It serves the op and its
-private registration ``_<op>_triton``, and finds its tensors on the meta device: it may look at
-shapes, dtypes and strides, never at data. :func:`of` finds it by the op's name, so that a new op
-enters the account with its file and nothing else.
+private registrations ``_<op>_triton`` and ``_<op>_cuda``, and finds its tensors on the meta device:
+it may look at shapes, dtypes and strides, never at data. :func:`of` finds it by the op's name, so
+that a new op enters the account with its file and nothing else.
 
 The rules of counting, the same for every op:
 
@@ -20,6 +20,7 @@ The rules of counting, the same for every op:
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -78,7 +79,7 @@ def product_flops(weight: Tensor, shape: Sequence[int]) -> int:
 
 def base(name: str) -> str:
     """The op that a registration is one of: ``_conv_bn_act_triton`` is ``conv_bn_act``."""
-    return name.removeprefix("_").removesuffix("_triton")
+    return name.removeprefix("_").removesuffix("_triton").removesuffix("_cuda")
 
 
 def of(name: str) -> Callable[..., Work] | None:
@@ -86,6 +87,12 @@ def of(name: str) -> Callable[..., Work] | None:
     from resnet_fast import ops
 
     op = base(name)
-    if name not in (op, f"_{op}_triton") or op not in (*ops.OPS, *ops.FUSED):
+    listed = (*ops.OPS, *ops.FUSED, *ops.TRAINING)
+    if name not in (op, f"_{op}_triton", f"_{op}_cuda") or op not in listed:
         return None
-    return getattr(ops.module(op), "work", None)
+    work = getattr(ops.module(op), "work", None)
+    if work is None or name == op:
+        return work
+    # A registration may take more than its op does: which of its kernels runs.
+    taken = len(inspect.signature(work).parameters)
+    return lambda *arguments: work(*arguments[:taken])

@@ -113,24 +113,26 @@ def verified(site: Site, candidate: Candidate, device: torch.device) -> tuple[bo
     return kept["ok"], kept["error"], kept["limit"]
 
 
-def _beaten(
-    name: str, order: Sequence[str], site: Site, device: torch.device, call: Call | None
-) -> tuple[str | None, float | None]:
-    """Why ``name`` gives way to the next of ``order``, or None and the microseconds it took."""
+def _race(
+    order: Sequence[str], site: Site, device: torch.device, call: Call | None
+) -> dict[str, float]:
+    """Microseconds of the order's candidates that have to win, and of the first that need not.
+
+    Only verified ones run. Empty where nothing can be measured.
+    """
     if call is None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return f"{name}: not measured here", None
-    following = order[order.index(name) + 1 :]
-    rival = next(
-        other
-        for other in map(CANDIDATES.__getitem__, following)
-        if other.reject(site) is None and (other.name == "aten" or verified(site, other, device)[0])
-    )
-    runs = {c.name: functools.partial(call, c) for c in (CANDIDATES[name], rival)}
-    medians = measure(runs, device)
-    if medians[name] < medians[rival.name]:
-        return None, round(medians[name], 2)
-    times = ", ".join(f"{key} {value:.0f} us" for key, value in medians.items())
-    return f"{name}: slower here ({times})", None
+        return {}
+    runs: dict[str, Callable[[], Tensor]] = {}
+    for name in order:
+        candidate = CANDIDATES[name]
+        if candidate.reject(site) is not None:
+            continue
+        if name != "aten" and not verified(site, candidate, device)[0]:
+            continue
+        runs[name] = functools.partial(call, candidate)
+        if name not in MUST_WIN:
+            break
+    return measure(runs, device)
 
 
 def resolve(site: Site, device: torch.device, call: Call | None = None) -> Binding:
@@ -146,6 +148,7 @@ def resolve(site: Site, device: torch.device, call: Call | None = None) -> Bindi
         order = (entry.candidate, *(name for name in order if name != entry.candidate))
     notes: list[str] = []
     mismatch = False
+    times: dict[str, float] | None = None
     for name in order:
         candidate = CANDIDATES[name]
         refusal = candidate.reject(site)
@@ -166,10 +169,17 @@ def resolve(site: Site, device: torch.device, call: Call | None = None) -> Bindi
         if ok and device.type == "meta":
             return Binding(candidate, "ASSUMED", notes=notes)
         if ok and name in MUST_WIN and (entry is None or entry.candidate != name):
-            beaten, timed = _beaten(name, order, site, device, call)
-            if beaten is not None:
-                notes.append(beaten)
+            if times is None:
+                times = _race(order[order.index(name) :], site, device, call)
+            if not times:
+                notes.append(f"{name}: not measured here")
                 continue
+            # Of two equals the later: it needs no trust.
+            if min(reversed(times), key=times.__getitem__) != name:
+                listed = ", ".join(f"{key} {value:.0f} us" for key, value in times.items())
+                notes.append(f"{name}: slower here ({listed})")
+                continue
+            timed = round(times[name], 2)
         if ok:
             return Binding(candidate, "OK", error, limit, timed, notes)
         mismatch = True

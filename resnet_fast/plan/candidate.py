@@ -20,6 +20,7 @@ from resnet_fast import _library
 from resnet_fast.ops import (
     _pack,
     activation,
+    conv_bn_act_cuda,
     conv_bn_act_direct,
     conv_bn_act_onednn,
     conv_bn_act_triton,
@@ -207,6 +208,70 @@ _NATIVE = "conv_bn_act"
 _TRITON = "_conv_bn_act_triton"
 
 
+# implicit_gemm: the CUDA library's own convolution, by the tile that the shape suggests or a given
+# one.
+
+
+def _reject_implicit_gemm(tile: str, site: Site) -> str | None:
+    if not site.device.startswith("cuda"):
+        return "its kernels run on CUDA devices"
+    if not conv_bn_act_cuda.AVAILABLE:
+        return "the CUDA op library is not loaded"
+    if not _has_tensor_cores(site):
+        return "its copies and products need sm_80"
+    if len(site.x_shape) != 4 or max(site.weight_shape[2:]) > conv_bn_act_cuda.MAX_FILTER:
+        return f"it has two spatial dimensions and filters of up to {conv_bn_act_cuda.MAX_FILTER}"
+    if site.dtype == "float64":
+        return "it accumulates in fp32"
+    variant = _implicit_gemm_variant(tile, site)
+    if not variant:
+        return f"no kernel of tile {tile} for its dtype and channels"
+    if site.dtype == "float32" and variant != "grouped" and not conv_bn_act_cuda.tf32_allowed():
+        return "torch's flags do not allow TF32"
+    return None
+
+
+def _implicit_gemm_variant(tile: str, site: Site) -> str:
+    return conv_bn_act_cuda.variant(
+        DTYPES[site.dtype], site.out_shape, site.weight_shape, site.groups, tile
+    )
+
+
+def _implicit_gemm(tile: str, traced: bool) -> Run:
+    affine = _affine_traced if traced else _affine
+
+    def run(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+        scale, shift = affine(x, args)
+        weight = args.weight.to(x.dtype) if traced else _weight_channels_last(x, args.weight)
+        return conv_bn_act_cuda.run(x, weight, scale, shift, residual, *args[7:], act, tile)
+
+    return run
+
+
+def _weight_channels_last(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight as the kernels read it, kept until it changes."""
+    if weight.dtype is x.dtype and weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    return _pack.cached(
+        ("channels_last", x.dtype),
+        (weight,),
+        lambda: weight.detach().to(x.dtype).contiguous(memory_format=torch.channels_last),
+    )
+
+
+def _implicit_gemms() -> list[Candidate]:
+    return [
+        Candidate(
+            f"implicit_gemm:{tile}" if tile else "implicit_gemm",
+            functools.partial(_reject_implicit_gemm, tile),
+            _implicit_gemm(tile, False),
+            _implicit_gemm(tile, True),
+            variant=functools.partial(_implicit_gemm_variant, tile),
+        )
+        for tile in ("", *conv_bn_act_cuda.HALF_TILES)
+    ]
+
+
 # conv+bn_act: the library's convolution, then one pass for all that follows it.
 
 
@@ -323,6 +388,7 @@ CANDIDATES: dict[str, Candidate] = {
             _through(_TRITON, True),
             variant=_triton_variant,
         ),
+        *_implicit_gemms(),
         Candidate("cudnn", _reject_cudnn, _run_cudnn, _trace_cudnn),
         Candidate("conv+bn_act", _reject_epilogue, _epilogue(False), _epilogue(True)),
         Candidate("aten", _never, run_aten, run_aten),
@@ -393,13 +459,13 @@ def default_order(site: Site) -> tuple[str, ...]:
             return ("onednn", "direct", "aten")
         return (*_winograd_order(site), "direct", "onednn", "aten")
     if site.dtype in ("float16", "bfloat16") and _has_tensor_cores(site):
-        return ("triton", "conv+bn_act", "aten")
+        return ("implicit_gemm", "triton", "conv+bn_act", "aten")
     return ("conv+bn_act", "aten")
 
 
 # Candidates of the default order that no device is trusted to be faster with: where a site first
-# runs, they are timed there against the next of the order.
-MUST_WIN = frozenset({"triton"})
+# runs, they are timed there beside each other and the next of the order.
+MUST_WIN = frozenset({"implicit_gemm", "triton"})
 
 
 def _has_tensor_cores(site: Site) -> bool:

@@ -131,8 +131,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     namespace, _, name = func._schema.name.partition("::")
-    if namespace == "resnet_fast" and _work.base(name) != name:
-        # A launcher has no kernel for the meta device; it allocates as its op does.
+    if namespace == "resnet_fast" and name.endswith("_triton"):
+        # A Triton launcher has no kernel for the meta device; it allocates as its op does.
         op = _work.base(name)
         if op in ops.OPS:
             return ops.module(op)._fake(*args, **kwargs)

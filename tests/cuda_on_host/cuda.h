@@ -21,6 +21,7 @@
 
 #include "instructions.h"
 #include "language.h"
+#include "races.h"
 #include "schedule.h"
 #include "shared.h"
 
@@ -34,10 +35,12 @@ namespace cuda_on_host {
   gridDim = grid;
   blockDim = block;
   shared.resize(shared_bytes);
+  handovers.start_launch();
   for (const uint64_t b : schedule.permutation(grid.count())) {
     blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                     static_cast<unsigned>(b / grid.x / grid.y));
     shared.fill();
+    handovers.start_block();
     schedule.run_block(kernel, arguments);
   }
 }

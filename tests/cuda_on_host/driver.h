@@ -106,6 +106,7 @@ class Case {
     Buffer data;
     size_t bytes;
     bool written_out;
+    std::unique_ptr<Shadow> shadow;
   };
 
   // False at `end`, behind whose line the tensors' bytes begin.
@@ -138,8 +139,13 @@ class Case {
     __asan_poison_memory_region(data.get(), kGuard);
     __asan_poison_memory_region(data.get() + kGuard + bytes, kGuard);
 #endif
-    guarded_.push_back({name, std::move(data), bytes, written_out});
-    return guarded_.back().data.get() + kGuard;
+    unsigned char* begin = data.get() + kGuard;
+    guarded_.push_back({name, std::move(data), bytes, written_out, nullptr});
+#if defined(__SANITIZE_THREAD__)
+    guarded_.back().shadow = std::make_unique<Shadow>(name, true, bytes);
+    watch(begin, bytes, guarded_.back().shadow.get());
+#endif
+    return begin;
   }
 
   std::map<std::string, std::string> values_;

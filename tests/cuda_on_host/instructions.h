@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 
 #include "../../csrc/math/round.h"
@@ -22,8 +21,7 @@ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
       for (unsigned r = 0; r < 8; ++r)
         for (unsigned i = 0; i < 4; ++i) {
           const uint32_t offset = lanes[8 * matrix + r]->row + 4 * i;
-          shared.read(offset, 4, first + 4 * r + i, "ldmatrix's read");
-          std::memcpy(&lanes[4 * r + i]->to[matrix], shared.data() + offset, 4);
+          lanes[4 * r + i]->to[matrix] = shared.word(offset, first + 4 * r + i);
         }
   });
 }
@@ -114,15 +112,15 @@ T shuffle(T value, unsigned lane) {
 inline void sync_warp() { schedule.sync_warp(); }
 inline void sync_block() { schedule.sync_block(); }
 
-inline unsigned atomic_add(unsigned* address, unsigned value) {
+[[gnu::no_sanitize("thread")]] inline unsigned atomic_add(unsigned* address, unsigned value) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof(*address) != 0)
     fail("misaligned", "atomic_add at %p", static_cast<void*>(address));
   schedule.yield();
+  handovers.atomic(address);
   const unsigned before = *address;
   *address = before + value;
   return before;
 }
-// Blocks run in turn and threads one at a time: what was written is there.
-inline void fence_device() {}
+inline void fence_device() { handovers.fence(); }
 
 }  // namespace cuda_on_host

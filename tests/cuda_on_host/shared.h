@@ -1,26 +1,14 @@
-// A block's shared memory, the copies into it, and who has touched what since which barrier.
+// A block's shared memory and the copies into it.
 #pragma once
 
 #include <cstring>
 #include <vector>
 
+#include "races.h"
 #include "schedule.h"
+#include "trace.h"
 
 namespace cuda_on_host {
-
-// What is known of four bytes of shared memory. Two accesses are in order when they are of one
-// thread, when the block has passed a barrier between them, or when both are of one warp and it
-// has. The last write and the reads since then say all: what is not in order with an earlier access
-// is not in order with one of these.
-struct Word {
-  static constexpr uint16_t kNobody = 0xffff;
-  uint32_t written_at = 0, written_at_warp = 0;  // barriers passed: the block's, the warp's
-  uint32_t read_at = 0, read_at_warp = 0;
-  uint32_t lanes = 0;  // of `warp` that read at read_at, read_at_warp
-  uint16_t writer = kNobody, warp = kNobody;
-  uint16_t stranger = kNobody;  // one thread of another warp that read at read_at
-  uint16_t copier = kNobody;    // the thread whose copy is under way
-};
 
 class SharedMemory {
  public:
@@ -35,7 +23,8 @@ class SharedMemory {
     const auto aligned = (start + 2 * kAlignment - 1) / (2 * kAlignment) * (2 * kAlignment);
     data_ = storage_.data() + kRedzone + (aligned - start) + kAlignment;
     bytes_ = bytes;
-    words_.assign((bytes + 3) / 4, Word{});
+    shadow_.resize(bytes);
+    watch(data_, bytes, &shadow_);
 #if defined(CUDA_ON_HOST_ASAN)
     __asan_poison_memory_region(storage_.data(), static_cast<size_t>(data_ - storage_.data()));
     __asan_poison_memory_region(data_ + bytes, static_cast<size_t>(end() - (data_ + bytes)));
@@ -69,68 +58,25 @@ class SharedMemory {
     return static_cast<uint32_t>(at);
   }
 
-  void read(uint32_t offset, unsigned bytes, unsigned thread, const char* what) {
-    const uint32_t block_epoch = schedule.barriers;
-    const uint16_t warp = static_cast<uint16_t>(thread / kLanes);
-    const uint32_t warp_epoch = schedule.warps[warp].barriers;
-    for (uint32_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
-      Word& word = words_[w];
-      check_copy(word, w, thread, what);
-      check_writer(word, w, thread, what);
-      if (word.read_at != block_epoch) {
-        word.read_at = block_epoch;
-        word.warp = warp;
-        word.lanes = 0;
-        word.stranger = Word::kNobody;
-      }
-      if (word.warp != warp) {
-        word.stranger = static_cast<uint16_t>(thread);
-        continue;
-      }
-      if (word.read_at_warp != warp_epoch) word.lanes = 0;
-      word.read_at_warp = warp_epoch;
-      word.lanes |= 1u << thread % kLanes;
-    }
-  }
-
-  void write(uint32_t offset, unsigned bytes, unsigned thread, const char* what) {
-    const unsigned warp = thread / kLanes;
-    const uint32_t warp_epoch = schedule.warps[warp].barriers;
-    for (uint32_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
-      Word& word = words_[w];
-      check_copy(word, w, thread, what);
-      check_writer(word, w, thread, what);
-      if (word.read_at == schedule.barriers) {
-        const uint32_t others = word.lanes & ~(1u << thread % kLanes);
-        if (word.warp != warp)
-          race(w, thread, what, word.warp * kLanes + first_lane(word.lanes), "read");
-        else if (word.stranger != Word::kNobody)
-          race(w, thread, what, word.stranger, "read");
-        else if (word.read_at_warp == warp_epoch && others)
-          race(w, thread, what, warp * kLanes + first_lane(others), "read");
-      }
-      word.read_at = 0;
-      word.writer = static_cast<uint16_t>(thread);
-      word.written_at = schedule.barriers;
-      word.written_at_warp = warp_epoch;
-    }
+  // Four bytes, read by a thread that need not be the present one.
+  [[gnu::no_sanitize("thread")]] uint32_t word(uint32_t offset, unsigned thread) {
+    shadow_.read(offset, 4, thread, "ldmatrix's read");
+    return *reinterpret_cast<const uint32_t*>(data_ + offset);
   }
 
   // The destination is poison from the issue on, and nobody's until the copy has landed.
   void begin_copy(const Copy& copy, unsigned thread) {
-    write(copy.to, copy.bytes, thread, "cp.async's issue");
+    shadow_.begin_copy(copy.to, copy.bytes, thread);
     std::memset(data_ + copy.to, 0xff, copy.bytes);
-    for (uint32_t w = copy.to / 4; w < (copy.to + copy.bytes) / 4; ++w)
-      words_[w].copier = static_cast<uint16_t>(thread);
   }
   void land(const Copy& copy, unsigned thread) {
-    for (uint32_t w = copy.to / 4; w < (copy.to + copy.bytes) / 4; ++w)
-      words_[w].copier = Word::kNobody;
-    write(copy.to, copy.bytes, thread, "cp.async's copy");
-    if (copy.from)
+    shadow_.end_copy(copy.to, copy.bytes, thread);
+    if (copy.from) {
+      touch(copy.from, copy.bytes, false, "cp.async's read");
       std::memcpy(data_ + copy.to, copy.from, copy.bytes);
-    else
+    } else {
       std::memset(data_ + copy.to, 0, copy.bytes);
+    }
   }
 
  private:
@@ -142,33 +88,10 @@ class SharedMemory {
     __asan_unpoison_memory_region(storage_.data(), storage_.size());
 #endif
   }
-  static unsigned first_lane(uint32_t lanes) {
-    return static_cast<unsigned>(std::countr_zero(lanes));
-  }
-
-  static void check_copy(const Word& word, uint32_t w, unsigned thread, const char* what) {
-    if (word.copier != Word::kNobody)
-      fail("race", "%s by thread %u at shared +%u, where a cp.async of thread %u is under way",
-           what, thread, w * 4, unsigned{word.copier});
-  }
-  static void check_writer(const Word& word, uint32_t w, unsigned thread, const char* what) {
-    if (word.writer == Word::kNobody || word.writer == thread) return;
-    if (word.written_at != schedule.barriers) return;
-    const unsigned warp = thread / kLanes;
-    if (word.writer / kLanes == warp && word.written_at_warp != schedule.warps[warp].barriers)
-      return;
-    race(w, thread, what, word.writer, "wrote");
-  }
-  [[noreturn]] static void race(uint32_t w, unsigned thread, const char* what, unsigned other,
-                                const char* did) {
-    fail("race", "%s by thread %u at shared +%u, which thread %u %s, and no barrier between them",
-         what, thread, w * 4, other, did);
-  }
-
   std::vector<unsigned char> storage_;
   unsigned char* data_ = nullptr;
   size_t bytes_ = 0;
-  std::vector<Word> words_;
+  Shadow shadow_{"shared", false, 0};
 };
 
 inline SharedMemory shared;
