@@ -180,6 +180,15 @@ def test_round_to_bf16() -> None:
     assert out[: len(pairs)] == [rounded for _, rounded in pairs]
 
 
+def test_maxima_are_nan_where_either_number_is() -> None:
+    special = (1.0, -2.0, 0.0, torch.inf, -torch.inf, torch.nan)
+    pairs = [(a, b) for a in special for b in special][:32]
+    given = torch.tensor(pairs, dtype=torch.float32)
+    out = instruction("larger", 32, given.view(torch.int32)).view(torch.float32)
+    assert torch.equal(out.isnan(), given.isnan().any(1))
+    assert torch.equal(out[~out.isnan()], torch.maximum(*given[~out.isnan()].unbind(1)))
+
+
 def test_shared_memory_is_aligned_to_128_bytes_and_no_more_and_starts_as_nan() -> None:
     for address, pointer, last in instruction("look", 6).view(2, 3).tolist():
         assert (address % 256, pointer % 256, last) == (128, 128, POISON)

@@ -40,6 +40,7 @@ SASS = {
     ],
     r"add": [r"ATOMG\.E\.ADD\.STRONG\.GPU "],
     r"narrow": [r"F2FP?\.BF16\S* "],
+    r"larger": [r"FMNMX\.NAN "],
     r"synchronise": [r"BAR\.SYNC", r"MEMBAR\.\S*GPU "],
 }
 

@@ -152,6 +152,17 @@ __device__ inline uint16_t round_to_bf16(float value) {
 #endif
 }
 
+// 9.7.3.12 max.NaN.f32: the larger of two numbers, NaN where either is one.
+__device__ inline float max_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
 // The value of lane `lane ^ mask`, in a warp whose lanes all call it.
 template <typename T>
 __device__ inline T shuffle_xor(T value, unsigned mask) {

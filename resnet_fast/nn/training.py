@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from resnet_fast.nn.prepared import is_autocasting, is_transforming, keep
 from resnet_fast.nn.site import FusedSite
-from resnet_fast.ops.conv_stats import has_kernel
+from resnet_fast.ops.conv_stats import has_kernel, takes
 from resnet_fast.plan import binding as _binding
 from resnet_fast.plan.group import Choice, choose
 from resnet_fast.plan.plan import LAYERS
@@ -163,12 +163,12 @@ def has_kernels(x: Tensor, place: TrainBlock) -> bool:
     """Whether each of the block's convolutions has one; where nothing runs, it is taken so."""
     if place.convs[0].weight.device != x.device:
         return False
-    if x.is_meta:
-        return True
+    # On the meta device nothing runs: it is counted as where the kernels are.
+    known = takes if x.is_meta else has_kernel
     first, *rest = place.convs
-    known = has_kernel(x, first.weight, False)
-    known &= all(has_kernel(x, conv.weight, True) for conv in rest)
-    return known and (place.down is None or has_kernel(x, place.down.weight, False))
+    if not known(x, first.weight, False) or not all(known(x, conv.weight, True) for conv in rest):
+        return False
+    return place.down is None or known(x, place.down.weight, False)
 
 
 def _decide(x: Tensor, place: TrainBlock) -> Choice:

@@ -76,12 +76,13 @@ class Branch(TorchFunctionMode):
         elif func is F.max_pool2d:
             options = kwargs | {"return_indices": True}
             self.choices.append(func(args[0].detach(), *args[1:], **options)[1])
-        elif "relu" in args and func is torch.ops.resnet_fast.norm_act.default:
+        elif func is torch.ops.resnet_fast.norm_act.default and args[7] == "relu":
             self.choices.append(y.detach() > 0)
-        elif "relu" in args and func is torch.ops.resnet_fast.conv_stats.default:
+        elif func is torch.ops.resnet_fast.conv_stats.default and args[7] == "relu":
             x, _, mean, rstd, weight, bias, eps, act = args[:8]
-            norm = (t if t is None else t.detach() for t in (mean, rstd, weight, bias))
-            self.choices.append(ops.norm_act(x.detach(), *norm, None, eps, act) > 0)
+            weight, bias = (t if t is None else t.detach() for t in (weight, bias))
+            operand = ops.norm_act(x.detach(), mean, rstd, weight, bias, None, eps, act)
+            self.choices.append(operand > 0)
         return y
 
     def imposed(self) -> TorchFunctionMode:

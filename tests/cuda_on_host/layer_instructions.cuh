@@ -77,6 +77,13 @@ __global__ void copy(const uint32_t* in, uint32_t* out) {
   to[32] = shared[7];
 }
 
+// in: two numbers a lane; out: their maximum.
+__global__ void larger(const uint32_t* in, uint32_t* out) {
+  const uint32_t* pair = in + 2 * threadIdx.x;
+  out[threadIdx.x] =
+      detail::as_bits(max_or_nan(detail::as_float(pair[0]), detail::as_float(pair[1])));
+}
+
 // Of each of two blocks, out: the 32-bit address of the shared memory, its pointer's, the last word
 // before the block has written it.
 __global__ void look(uint32_t words, uint32_t* out) {
@@ -132,6 +139,8 @@ bool select(const std::string& kernel, const Launch& launch, const uint32_t* in,
     launch(1, kWarp, 0, round, in, out);
   else if (kernel == "narrow")
     launch(1, kWarp, 0, narrow, in, out);
+  else if (kernel == "larger")
+    launch(1, kWarp, 0, larger, in, out);
   else if (kernel == "exchange")
     launch(1, kWarp, 0, exchange, in, out);
   else if (kernel == "copy")
