@@ -220,9 +220,7 @@ def test_beyond_32_bit_indices(layout: torch.memory_format) -> None:
     for c, h, w in ((0, 0, 0), (512, 1023, 2048), (511, 1023, 2048), (512, 5, 7)):
         assert y[0, c, h, w].item() == 0.0 and y[1, c, h, w].item() == 1.0
     del y
-    grads = torch.ops.resnet_fast._bn_act_train_backward(
-        x, x, None, None, None, mean, rstd, "none"
-    )
+    grads = torch.ops.resnet_fast._bn_act_train_backward(x, x, None, None, None, mean, rstd, "none")
     assert torch.count_nonzero(grads[2]) == 0
     assert (grads[1] == 2 * 1024 * 2049).all()  # sum of grad_y times xhat, both of them x
     assert torch.count_nonzero(grads[0][:, ::171, ::93, ::97]) == 0

@@ -173,9 +173,7 @@ class Problem:
 
     def truth_and_frameworks(self) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         narrow = torch.float32 if self.dtype == torch.float64 else self.dtype
-        frameworks = [
-            self.evaluate(f, narrow) for f in (REFERENCE, REORDERED["bn_act_train"])
-        ]
+        frameworks = [self.evaluate(f, narrow) for f in (REFERENCE, REORDERED["bn_act_train"])]
         truth = self.evaluate(REFERENCE, torch.float64)
         for c, line in enumerate(self.x.double().transpose(0, 1).flatten(1).tolist()):
             mean = math.fsum(line) / len(line)
@@ -263,7 +261,9 @@ def test_a_constant_channel(dtype: torch.dtype, layout: str) -> None:
     problem.x[:, 3] = 0.1  # no sum of them is exact
     found = problem.run(layout)
     assert found["mean"][3] == problem.x[0, 3, 0].to(problem.wide) and found["mean"][7] == 0
-    assert found["rstd"][3] == found["rstd"][7] == torch.tensor(1 / math.sqrt(EPS), dtype=problem.wide)
+    assert (
+        found["rstd"][3] == found["rstd"][7] == torch.tensor(1 / math.sqrt(EPS), dtype=problem.wide)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -243,8 +243,8 @@ def gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     if torch.is_grad_enabled():  # create_graph: the backward op has no derivative of its own
         x, weight, bias, residual = ctx.saved_tensors[:4]
         return _differentiable_backward(grad_y, x, weight, bias, residual, ctx.eps, ctx.act)
-    grad_x, grad_weight, grad_bias, grad_z = (
-        torch.ops.resnet_fast._bn_act_train_backward.default(grad_y, *ctx.saved_tensors, ctx.act)
+    grad_x, grad_weight, grad_bias, grad_z = torch.ops.resnet_fast._bn_act_train_backward.default(
+        grad_y, *ctx.saved_tensors, ctx.act
     )
     # Without an activation the residual is not kept, and its gradient is the one that arrives.
     return grad_x, grad_weight, grad_bias, grad_y if ctx.act == "none" else grad_z
@@ -267,6 +267,4 @@ if _REGISTERED:
         "resnet_fast::bn_act_train", _backward, setup_context=_setup_context
     )
     for _op in ("bn_act_train", "_bn_act_train_backward"):
-        _checks.refuse_cuda(
-            _op, f"{_checks.why_no_kernel()}. Use torch.nn.functional.batch_norm"
-        )
+        _checks.refuse_cuda(_op, f"{_checks.why_no_kernel()}. Use torch.nn.functional.batch_norm")
