@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -118,12 +119,15 @@ def sanitized() -> bool:
 
 def _line(name: str, value: int | float | str) -> str:
     if isinstance(value, str):
+        assert not re.search(r"\s", value), f"{name}={value!r}: one word"
         return f"word {name} {value}"
     return f"number {name} {value!r}" if isinstance(value, float) else f"int {name} {int(value)}"
 
 
 @functools.cache
 def _compiler() -> str:
+    if platform.machine() != "x86_64":
+        pytest.skip("the threads of cuda_on_host switch stacks in x86-64 code")
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -156,5 +160,5 @@ def _sources(main: Path, patches: Patches) -> dict[str, str]:
 
 def _forget_old_programs() -> None:
     for old in BUILDS.iterdir():
-        if old.is_file() and time.time() - old.stat().st_mtime > KEPT_SECONDS:
-            old.unlink(missing_ok=True)
+        if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()

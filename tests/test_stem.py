@@ -17,7 +17,8 @@ import resnet_fast
 from resnet_fast import models, ops
 from resnet_fast.nn import chain as chain_module
 from resnet_fast.nn import stem as stem_module
-from resnet_fast.plan import cache, group
+from resnet_fast.ops import _work, stem_pool_cuda
+from resnet_fast.plan import Plan, binding, cache, group, parse, use
 from resnet_fast.plan import stem as place
 from resnet_fast.testing.budget import expect_within_budget, in_formats
 from resnet_fast.testing.networks import randomize_batchnorm_
@@ -150,4 +151,132 @@ def test_what_is_measured_are_both_ways_to_the_same_numbers(
 
 def test_the_op_runs_where_its_kernel_does() -> None:
     x = torch.empty(1, 3, 8, 8)
-    assert ops.module("stem_pool").runs(x) and not ops.module("stem_pool").runs(x.double())
+    assert ops.module("stem_pool").runs(x) and "stem_pool" in place.kernels(x)
+    assert place.kernels(x.double()) == ()
+
+
+@pytest.fixture
+def native_stem(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The CUDA library's kernel as the layers, noting its calls."""
+    called: list[str] = []
+    module = ops.module("stem_pool")
+    library = torch.library.Library("resnet_fast", "IMPL")
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        called.append(str(x.dtype))
+        return module._layers(x, *rest)
+
+    library.impl("_stem_pool_cuda", run, "CPU")
+    monkeypatch.setattr(stem_pool_cuda, "AVAILABLE", True)
+    yield called
+    library._destroy()
+
+
+def arguments(dtype: torch.dtype, image: torch.dtype) -> list[Any]:
+    x = (torch.rand(1, 3, 9, 9) * 255).to(image)
+    vectors = [torch.rand(5), torch.rand(5), torch.rand(3) / 99, torch.rand(3)]
+    return [x, torch.randn(5, 3, 7, 7).to(dtype), *vectors, "silu"]
+
+
+def on_cuda(given: list[Any]) -> Tensor:
+    """The registration for CUDA, on CPU tensors."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return torch.ops.resnet_fast.stem_pool.default.redispatch(keys, *given)
+
+
+@pytest.mark.parametrize("image", [torch.uint8, torch.float16, torch.float32], ids=str)
+@torch.no_grad()
+def test_without_triton_the_cuda_library_runs(
+    native_stem: list[str], monkeypatch: pytest.MonkeyPatch, image: torch.dtype
+) -> None:
+    module = ops.module("stem_pool")
+    monkeypatch.setattr(module._several, "AVAILABLE", False)
+    given = arguments(torch.float16, image)
+    assert torch.equal(on_cuda(given), module._layers(*given))
+    assert native_stem == ["torch.uint8" if image is torch.uint8 else "torch.float16"]
+    assert place.kernels(torch.empty(1, 3, 8, 8)) == ("stem_pool_cuda",)
+
+
+@torch.no_grad()
+def test_what_the_cuda_library_does_not_run_are_the_layers(
+    native_stem: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ops.module("stem_pool")
+    monkeypatch.setattr(module._several, "AVAILABLE", False)
+    wide = [v.double() if isinstance(v, Tensor) else v for v in arguments(torch.half, torch.half)]
+    narrow = arguments(torch.float32, torch.float32)
+    monkeypatch.setattr(stem_pool_cuda, "tf32_allowed", lambda: False)
+    for given in (wide, narrow):
+        assert torch.equal(on_cuda(given), module._layers(*given))
+    assert native_stem == [] and place.kernels(torch.empty(1, 3, 8, 8)) == ()
+
+
+def times(**known: float) -> Callable[..., dict[str, float]]:
+    return lambda runs, device: {name: known[name] for name in runs}
+
+
+@torch.no_grad()
+def test_kernels_are_measured_against_each_other(
+    native_stem: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slower = {"stem_pool": 2.0, "stem_pool_cuda": 3.0, "layers": 4.0}
+    for winner in slower:
+        monkeypatch.setattr(group, "measure", times(**{**slower, winner: 1.0}))
+        net = network()
+        ours, theirs = net(images()), layers(net, images())
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        told = str(resnet_fast.explain(net))
+        reason = "SLOWER" if winner == "layers" else "OK"
+        assert f"by {winner} ({reason})" in told and f"{winner} 1 us" in told
+        native_stem.clear()
+        net(images())
+        assert len(native_stem) == (winner == "stem_pool_cuda")
+
+
+@torch.no_grad()
+def test_a_kernel_that_is_wrong_is_out_of_the_running(
+    native_stem: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = place.run_stem
+    for wrong, other in (("stem_pool_cuda", "stem_pool"), ("stem_pool", "stem_pool_cuda")):
+        cache.forget()
+        monkeypatch.setenv("RESNET_FAST_CACHE_DIR", f"{cache.path()}.{wrong}")
+
+        def mistaken(x: Tensor, held: Any, act: str, kernel: str, wrong: str = wrong) -> Tensor:
+            return run(x, held, act, kernel) * (1.001 if kernel == wrong else 1)
+
+        monkeypatch.setattr(place, "run_stem", mistaken)
+        monkeypatch.setattr(group, "measure", times(**{wrong: 1.0, other: 2.0, "layers": 3.0}))
+        net = network()
+        net(images())
+        told = str(resnet_fast.explain(net))
+        assert f"by {other} (OK)" in told and f"{wrong} MISMATCH: error" in told
+
+
+@torch.no_grad()
+def test_a_plan_names_the_kernel(native_stem: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "measure", times(stem_pool=2.0, stem_pool_cuda=1.0, layers=3.0))
+    net, plan = network(), Plan("cpu")
+    monkeypatch.setattr(binding._state, "grouping", plan, raising=False)
+    net(images())
+    monkeypatch.setattr(binding._state, "grouping", None)
+    plan = parse(plan.to_json())
+    assert [entry.candidate for entry in plan.entries.values()] == ["stem_pool_cuda"]
+
+    def unmeasured(runs: Any, device: torch.device) -> dict[str, float]:
+        raise AssertionError("measured in spite of the plan")
+
+    monkeypatch.setattr(group, "measure", unmeasured)
+    with use(plan):
+        native_stem.clear()
+        net(images())
+        net(images())
+        assert len(native_stem) == 2
+        assert "by stem_pool_cuda (OK)" in str(resnet_fast.explain(net))
+
+
+def test_the_account_knows_the_kernel() -> None:
+    given = [v.to("meta") if isinstance(v, Tensor) else v for v in arguments(*[torch.half] * 2)]
+    work = _work.of("_stem_pool_cuda")
+    assert work is not None and work(*given) == ops.module("stem_pool").work(*given)
+    assert torch.ops.resnet_fast._stem_pool_cuda(*given).shape == (1, 5, 3, 3)

@@ -16,9 +16,10 @@ class CurrentStream {
   int64_t resident() const {
     return resident_blocks<KERNEL>(like_);
   }
-  template <auto KERNEL, typename... Args>
-  void launch(dim3 grid, dim3 block, size_t shared_bytes, Args... args) const {
-    allow_shared_memory<KERNEL>(like_.get_device_index(), static_cast<int>(shared_bytes));
+  // Keeps the type of `shared_bytes`: the build reads constants from allow_shared_memory.
+  template <auto KERNEL, typename Bytes, typename... Args>
+  void launch(dim3 grid, dim3 block, Bytes shared_bytes, Args... args) const {
+    allow_shared_memory<KERNEL>(like_.get_device_index(), shared_bytes);
     KERNEL<<<grid, block, shared_bytes, stream_>>>(args...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

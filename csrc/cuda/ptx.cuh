@@ -97,7 +97,7 @@ __device__ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
 #endif
 }
 
-// 9.7.14.5.8 and .11 mma.m16n8k16 for fp16 and bf16, mma.m16n8k8 for TF32 (T = float, whose low 13
+// 9.7.14.5.14 mma, .8 m16n8k16 for fp16 and bf16, .7 m16n8k8 for TF32 (T = float, whose low 13
 // bits the instruction ignores): sum[16 x 8] += a[16 x k] b[k x 8] in fp32, over 32 bytes of k.
 // With g = lane / 4 and t = lane % 4, in words of 4 bytes along k:
 //
@@ -129,7 +129,8 @@ __device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uin
 #endif
 }
 
-// 9.7.9.22 cvt.rna.tf32.f32: fp32 rounded to TF32's 10 bits of fraction, ties away from zero.
+// 9.7.9.21 cvt.rna.tf32.f32: fp32 rounded to TF32's 10 bits of fraction, ties away from zero. The
+// other 13 are cut, so that a NaN of none but those becomes infinite; the framework's NaN does not.
 __device__ inline uint32_t round_to_tf32(uint32_t bits) {
 #if defined(__CUDACC__)
   uint32_t rounded;
@@ -137,6 +138,28 @@ __device__ inline uint32_t round_to_tf32(uint32_t bits) {
   return rounded;
 #else
   return cuda_on_host::round_to_tf32(bits);
+#endif
+}
+
+// 9.7.9.21 cvt.rn.bf16.f32: fp32 rounded to bf16, ties to even.
+__device__ inline uint16_t round_to_bf16(float value) {
+#if defined(__CUDACC__)
+  uint16_t rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+  return rounded;
+#else
+  return cuda_on_host::round_to_bf16(value);
+#endif
+}
+
+// 9.7.3.12 max.NaN.f32: the larger of two numbers, NaN where either is one.
+__device__ inline float max_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || a != a ? a : b;
 #endif
 }
 

@@ -1,7 +1,7 @@
 // Conversions, 16-byte accesses and activations of a whole vector.
 //
 // No torch and no CUDA runtime here: the kernels that include this file are also compiled for the
-// host by the tests, whose shim supplies __global__ and threadIdx.
+// host by the tests, where tests/cuda_on_host/cuda.h supplies __global__ and threadIdx.
 #pragma once
 
 #include <stdint.h>
@@ -12,6 +12,7 @@
 
 #include "../math/activation.h"
 #include "../math/round.h"
+#include "ptx.cuh"
 
 namespace resnet_fast {
 
@@ -65,9 +66,7 @@ __device__ inline fp16 to_storage<fp16>(float value) {
 #if __CUDA_ARCH__ >= 800
 template <>
 __device__ inline bf16 to_storage<bf16>(float value) {
-  uint16_t bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bf16{bits};
+  return bf16{round_to_bf16(value)};
 }
 #endif
 #endif

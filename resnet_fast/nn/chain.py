@@ -153,9 +153,8 @@ class Place:
 
         choice = choose(
             site.key,
-            NAME,
             x.device,
-            lambda: verify_chain(site, x.device),
+            {NAME: lambda: verify_chain(site, x.device)},
             {NAME: lambda: chain(inner, x), LAYERS: layers},
             variant=f"b{site.batch}",
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import _library, ops
+from resnet_fast import _library
 from resnet_fast.nn.blocks import SiteReLU, conv_bn_relu
 from resnet_fast.nn.guarded import guard_of, is_capturing, is_regular
 from resnet_fast.nn.prepared import keep
@@ -19,7 +20,7 @@ from resnet_fast.plan import binding as _binding
 from resnet_fast.plan.group import Choice, choose
 from resnet_fast.plan.plan import LAYERS
 from resnet_fast.plan.site import Site, device_name, dtype_name
-from resnet_fast.plan.stem import NAME, key_of, operands, run_stem, verify_stem
+from resnet_fast.plan.stem import kernels, key_of, operands, run_stem, verify_stem
 
 POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
@@ -32,8 +33,8 @@ class StemPlace:
 
     def decide(
         self, x: Tensor, layers: Callable[[], Any]
-    ) -> tuple[Choice, Callable[[Tensor], Tensor]]:
-        """What runs here, the kernel or ``layers``, and the kernel as a call of the image.
+    ) -> tuple[Choice, Callable[[Tensor], Tensor] | None]:
+        """What runs here, a kernel or ``layers``, and the kernel as a call of the image.
 
         Verified and measured on ``x``; the call holds what it needs of the parameters.
         """
@@ -56,11 +57,17 @@ class StemPlace:
             device=device_name(x.device),
         )
 
-        def stem(x: Tensor) -> Tensor:
-            return run_stem(x.contiguous(memory_format=torch.channels_last), held, "relu")
+        def stem(kernel: str, x: Tensor) -> Tensor:
+            return run_stem(x.contiguous(memory_format=torch.channels_last), held, "relu", kernel)
 
-        runs = {NAME: lambda: stem(x), LAYERS: layers}
-        return choose(key_of(site), NAME, x.device, lambda: verify_stem(site, x.device), runs), stem
+        names = kernels(x)
+        choice = choose(
+            key_of(site),
+            x.device,
+            {name: partial(verify_stem, site, x.device, name) for name in names},
+            {**{name: partial(stem, name, x) for name in names}, LAYERS: layers},
+        )
+        return choice, None if choice.name == LAYERS else partial(stem, choice.name)
 
     @staticmethod
     def describe(choice: Choice) -> str:
@@ -78,9 +85,8 @@ class _Decided:
         for name in POOL:
             self._guard.same(pool.__dict__, name, pool.__dict__[name])
         place = StemPlace(conv, bn)
-        choice, stem = place.decide(x, lambda: _by_layers(x, *self.modules))
+        choice, self._stem = place.decide(x, lambda: _by_layers(x, *self.modules))
         self.line = place.describe(choice)
-        self._stem = stem if choice.name == NAME else None
 
     def holds(self, *modules: nn.Module) -> bool:
         """Whether these are the modules, and they, their parameters and the plan what they were."""
@@ -153,6 +159,6 @@ def _is_stem(x: Tensor, conv: Any, bn: Any, relu: nn.Module, pool: Any) -> bool:
         and conv.weight.dtype is x.dtype
         and conv.in_channels == x.shape[1]
         and _library.native() is not None
-        and bool(ops.module(NAME).runs(x))
+        and bool(kernels(x))
         and Structure.below(conv, bn, relu, pool).is_plain()
     )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from resnet_fast.nn.prepared import is_autocasting, is_transforming, keep
 from resnet_fast.nn.site import FusedSite
-from resnet_fast.ops.conv_stats import has_kernel
+from resnet_fast.ops.conv_stats import has_kernel, takes
 from resnet_fast.plan import binding as _binding
 from resnet_fast.plan.group import Choice, choose
 from resnet_fast.plan.plan import LAYERS
@@ -61,7 +61,7 @@ class BlockTraining:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         _, norms = _pairs(block)
         place = _place(block, x)
-        if not _has_kernels(x, place):
+        if not has_kernels(x, place):
             return None
         # What wins at one image may lose at a hundred: each power of two is measured once.
         key = (1 << (x.shape[0] - 1).bit_length(), tuple(x.shape[1:]), x.dtype, x.device)
@@ -80,13 +80,18 @@ class BlockTraining:
         return y
 
 
+def runs_on(x: Tensor) -> bool:
+    """Whether the device of ``x`` may have the kernels."""
+    return device_name(x.device).startswith("cuda")
+
+
 def _may_run(x: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.dim() == 4
         and x.shape[0] > 0
-        and device_name(x.device).startswith("cuda")
+        and runs_on(x)
         and x.is_contiguous(memory_format=torch.channels_last)
         and torch.is_grad_enabled()
         and not is_transforming()
@@ -154,15 +159,16 @@ def _place(block: Any, x: Tensor) -> TrainBlock:
     return TrainBlock(tuple(entries), down, "relu")
 
 
-def _has_kernels(x: Tensor, place: TrainBlock) -> bool:
+def has_kernels(x: Tensor, place: TrainBlock) -> bool:
+    """Whether each of the block's convolutions has one; where nothing runs, it is taken so."""
     if place.convs[0].weight.device != x.device:
         return False
-    if x.is_meta:
-        return True
+    # On the meta device nothing runs: it is counted as where the kernels are.
+    known = takes if x.is_meta else has_kernel
     first, *rest = place.convs
-    known = has_kernel(x, first.weight, False)
-    known &= all(has_kernel(x, conv.weight, True) for conv in rest)
-    return known and (place.down is None or has_kernel(x, place.down.weight, False))
+    if not known(x, first.weight, False) or not all(known(x, conv.weight, True) for conv in rest):
+        return False
+    return place.down is None or known(x, place.down.weight, False)
 
 
 def _decide(x: Tensor, place: TrainBlock) -> Choice:

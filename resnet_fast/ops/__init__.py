@@ -25,6 +25,7 @@ from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
     bn_act_triton,
     conv_bn_act_cuda,
     conv_bn_act_triton,
+    stem_pool_cuda,
 )
 
 OPS = ("conv_bn_act", "bn_act", "add_act", "bn_act_train")

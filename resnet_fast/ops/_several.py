@@ -24,6 +24,15 @@ def has_kernel(op: str, *arguments: Any) -> bool:
     return runs is None or bool(runs(arguments[0]))
 
 
+# What may run an op on CUDA where Triton does not; it may return NotImplemented, for the layers.
+_without_triton: dict[str, Callable[..., Any]] = {}
+
+
+def without_triton(op: str, run: Callable[..., Any]) -> None:
+    """Let ``run`` be asked before the layers are, on CUDA where there is no kernel of Triton's."""
+    _without_triton[op] = run
+
+
 def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], launch: str) -> bool:
     """Give ``resnet_fast::op`` its kernels; False where the native library does not define it.
 
@@ -50,7 +59,9 @@ def implement(op: str, layers: Callable[..., Any], fake: Callable[..., Any], lau
     def cuda(*arguments: Any) -> Any:
         if has_kernel(op, *arguments):
             return launched(getattr(room(op), launch), *arguments)
-        return layers(*arguments)
+        run = _without_triton.get(op)
+        result = NotImplemented if run is None else run(*arguments)
+        return layers(*arguments) if result is NotImplemented else result
 
     torch.library.register_fake(name, fake)
     torch.library.impl(name, "CPU", layers)

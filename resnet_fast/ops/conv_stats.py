@@ -139,6 +139,10 @@ def layers(
 
 reference = layers
 
+# As csrc/cuda/conv_stats_launch.h has them: bytes of a moment, pixels that one of each filter is of
+# (layers too small to fill a GPU have tiles of 64, and twice as many), and how many a kernel joins.
+_MOMENT, _PIXELS, _JOINED = 16, 128, 64
+
 
 def work(
     x: Tensor,
@@ -154,29 +158,46 @@ def work(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     eps: float = 1e-5,
-) -> _work.Work:
-    """What :func:`conv_stats` moves and computes; see :mod:`resnet_fast.ops._work`."""
+) -> list[_work.Work]:
+    """What :func:`conv_stats` moves and computes; see :mod:`resnet_fast.ops._work`.
+
+    The convolution writes z and the partial moments of its tiles; each further kernel reads some of
+    these and joins them, the last one to the statistics.
+    """
     norm = (mean, rstd, bn_weight, bn_bias, bn_eps, act)
     geometry = check(x, weight, *norm, stride, padding, dilation, groups, eps)
     parameters = _work.nbytes(weight, mean, rstd, bn_weight, bn_bias)
     seen = _work.window(x, weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
-    outputs = math.prod(geometry.shape) * x.element_size() + 2 * geometry.shape[1] * 4
+    filters, size = geometry.shape[1], math.prod(geometry.shape)
+    count = -(-size // filters // _PIXELS)
     flops = _work.product_flops(weight, geometry.shape)
-    return _work.Work(seen + parameters, outputs, flops, parameters)
+    z = size * x.element_size() + _MOMENT * filters * count
+    kernels = [_work.Work(seen + parameters, z, flops, parameters)]
+    while count > _JOINED:
+        joined = -(-count // _JOINED)
+        kernels.append(_work.Work(_MOMENT * filters * count, _MOMENT * filters * joined))
+        count = joined
+    kernels.append(_work.Work(_MOMENT * filters * count, 2 * 4 * filters))
+    return kernels
 
 
 def has_kernel(x: Tensor, weight: Tensor, normalises: bool) -> bool:
     """Whether the CUDA library's kernel runs for these tensors, a batch norm in front or none."""
-    if not _CUDA or x.dim() != 4 or x.dtype is torch.float64 or x.device.type != "cuda":
+    if not _CUDA or x.device.type != "cuda" or not takes(x, weight, normalises):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def takes(x: Tensor, weight: Tensor, normalises: bool) -> bool:
+    """Whether the kernel is one for tensors of these shapes and dtypes, wherever they are."""
+    if x.dim() != 4 or x.dtype is torch.float64:
         return False
     if max(weight.shape[2:]) > conv_bn_act_cuda.MAX_FILTER or x.shape[0] == 0:
         return False
     if x.dtype is torch.float32 and not conv_bn_act_cuda.tf32_allowed():
         return False
     # A batch norm in front is applied to 16 bytes of channels at a time.
-    if normalises and weight.shape[1] * x.element_size() % 16 != 0:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return not normalises or weight.shape[1] * x.element_size() % 16 == 0
 
 
 def _on_cuda(
@@ -228,14 +249,18 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, mean, rstd, bn_weight, bn_bias, bn_eps, act = inputs[:8]
     ctx.mark_non_differentiable(output[1], output[2])
+    # Theirs would be filled with zeros, in a kernel each.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, mean, rstd, bn_weight, bn_bias)
     ctx.bn_eps, ctx.act = bn_eps, act
     ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs[8:12]
 
 
 def _backward(
-    ctx: Any, grad_z: Tensor, grad_mean: Tensor | None, grad_rstd: Tensor | None
+    ctx: Any, grad_z: Tensor | None, grad_mean: Tensor | None, grad_rstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_z is None:
+        return (None,) * 13
     x, weight, mean, rstd, bn_weight, bn_bias = ctx.saved_tensors
     need_x, need_weight, _, _, need_bn_weight, need_bn_bias = ctx.needs_input_grad[:6]
     normalises = mean is not None

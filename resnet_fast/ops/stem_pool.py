@@ -76,7 +76,8 @@ def stem_pool(
     The first two layers of a residual network (He et al. 2015, "Deep Residual Learning for Image
     Recognition", table 1), convolution padded by 3 and pooling by 1, with batch normalisation as
     ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean · scale``. On CUDA this is one
-    kernel, and the convolution's map, four times the size of ``y``, is not stored.
+    kernel, and the convolution's map, four times the size of ``y``, is not stored: Triton's, and
+    where that is not installed the CUDA library's, which networks choose between by measurement.
 
     The image may come raw. It is normalised in fp32 (fp64 beside an fp64 weight) and rounded to the
     weight's dtype, in which the products are. The convolution pads with zeros what was normalised:
@@ -191,7 +192,7 @@ def _fake(
 
 
 def runs(x: Tensor) -> bool:
-    """Whether a CUDA tensor like ``x`` has a kernel of the stem, and not its layers."""
+    """Whether a CUDA tensor like ``x`` has a Triton kernel of the stem, and not its layers."""
     return _REGISTERED and _several.has_kernel("stem_pool", x)
 
 

@@ -17,8 +17,13 @@ from resnet_fast.plan.candidate import CANDIDATES
 from resnet_fast.plan.site import device_name
 
 _FORMAT = "resnet_fast plan 1"
-#: Kernels that stand for several layers, and what a plan calls these one by one (plan/group.py).
-GROUPS = ("residual_chain", "stem_pool")
+#: Ops that stand for several layers, with the kernels that each may run by, and what a plan calls
+#: the layers one by one (plan/group.py).
+GROUPS = {
+    "residual_chain": ("residual_chain",),
+    "stem_pool": ("stem_pool", "stem_pool_cuda"),
+    "conv_stats": ("conv_stats",),
+}
 LAYERS = "layers"
 # A hostile or mistaken file must not be able to fill the memory; ResNet-152 needs under 50 KiB.
 _MAX_BYTES = 16 << 20
@@ -82,9 +87,9 @@ def _number(value: object) -> bool:
 
 
 def _names(key: str) -> tuple[str, ...]:
-    """What may run at a place: a site's candidates, or a group's kernel and its layers."""
+    """What may run at a place: a site's candidates, or a group's kernels and its layers."""
     op = key.split("|", 1)[0]
-    return (op, LAYERS) if op in GROUPS else tuple(CANDIDATES)
+    return (*GROUPS[op], LAYERS) if op in GROUPS else tuple(CANDIDATES)
 
 
 def _entry(key: str, raw: Any) -> Entry:

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fast.ops import _pack
+from resnet_fast import ops
+from resnet_fast.ops import _pack, stem_pool_cuda
 from resnet_fast.plan.candidate import ConvArgs, run_aten
 from resnet_fast.plan.site import Site
 from resnet_fast.plan.verify import in_fp64, random_inputs
 from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 
-#: The kernel's name in plans and in ``explain()``.
+#: The op's name in plans and in ``explain()``, and that of its Triton kernel.
 NAME = "stem_pool"
+#: That of the CUDA library's kernel.
+NATIVE = "stem_pool_cuda"
 
 
 def key_of(site: Site) -> str:
@@ -28,8 +31,18 @@ def operands(args: ConvArgs) -> tuple[Tensor | None, ...]:
     return (args.weight.detach(), *_pack.fold(*args[1:7]))
 
 
-def run_stem(x: Tensor, operands: tuple[Tensor | None, ...], act: str) -> Tensor:
-    """The stem by its op."""
+def kernels(x: Tensor) -> tuple[str, ...]:
+    """Names of the kernels that may run a stem of ``x`` on CUDA, its weight being of that dtype."""
+    found = (NAME,) if ops.module(NAME).runs(x) else ()
+    return (*found, NATIVE) if stem_pool_cuda.runs(x, x) else found
+
+
+def run_stem(
+    x: Tensor, operands: tuple[Tensor | None, ...], act: str, kernel: str = NAME
+) -> Tensor:
+    """The stem by its op, or by the registration of the kernel that is named."""
+    if kernel == NATIVE:
+        return torch.ops.resnet_fast._stem_pool_cuda(x, *operands, None, None, act)
     return torch.ops.resnet_fast.stem_pool(x, *operands, None, None, act)
 
 
@@ -38,14 +51,14 @@ def run_layers(x: Tensor, args: ConvArgs, act: str) -> Tensor:
     return F.max_pool2d(run_aten(x, args, None, act), 3, 2, 1)
 
 
-def verify_stem(site: Site, device: torch.device) -> Verdict:
+def verify_stem(site: Site, device: torch.device, kernel: str = NAME) -> Verdict:
     """Compare the stem with fp64 on two random images. One that raises is a mismatch."""
     with torch.inference_mode(False), torch.no_grad():
         x, args, _ = random_inputs(site, device)
         truth = run_layers(x.double(), in_fp64(args), site.act)
         given = in_formats(lambda a: run_layers(a, args, site.act), x)
         try:
-            ours = run_stem(x, operands(args), site.act)
+            ours = run_stem(x, operands(args), site.act, kernel)
         except (RuntimeError, ValueError, TypeError):
             return Verdict(False, math.inf, 0.0)
         return within_budget(ours, given, truth)

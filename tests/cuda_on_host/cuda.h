@@ -9,14 +9,19 @@
 //   divergence    lanes of a warp at different instructions of the warp, or one has exited
 //   barrier       a thread exits where others wait for it
 //   deadlock      everybody waits
-//   race          two threads touch the same shared memory, one writes, no barrier between them
-//   out of range  misaligned  copies
+//   race          two threads touch the same memory, one writes, nothing orders them (races.h)
+//   copies        a thread exits and has not waited for all of its cp.async
+//   out of range  misaligned  launch
 //
-// Limits. Blocks run one after the other, so a kernel whose blocks wait for each other hangs, and
-// what they race for in global memory shows only in the order. Barriers are the whole memory model.
-// Plain C++ accesses are watched by AddressSanitizer alone, where the build has it: they take no
-// part in the search for races, except that the order of the threads and the poison of copies under
-// way change what they read. A sum of mma is rounded as described in instructions.h.
+// A program is built in one of two ways (tests/host_support.py). With sanitizers: plain accesses
+// outside of a tensor or of the shared memory are caught, and the search for races sees what passes
+// through ptx.cuh. Traced: the search sees plain accesses too, in shared memory, outputs and
+// scratch (trace.h).
+//
+// Limits. Blocks run one after the other: a kernel whose blocks wait for each other never ends.
+// Barriers, and fences around atomics, are the whole memory model; atomics themselves take no part
+// in the search for races. Lanes that meet at one instruction in two places of the program pass.
+// The sums of mma are rounded as instructions.h says, the hardware's differ in the last bits.
 #pragma once
 
 #include "instructions.h"
@@ -27,11 +32,17 @@
 
 namespace cuda_on_host {
 
+// Of a block on sm_90; of a grid in y and z.
+inline constexpr uint64_t kMostThreads = 1024;
+inline constexpr size_t kMostShared = size_t{227} << 10;
+inline constexpr unsigned kMostBlocks = 65535;
+
 // Not in launch(), which is compiled once for each kernel.
 [[gnu::noinline]] inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes,
                                        void (*kernel)(void*), void* arguments) {
-  if (block.count() == 0 || block.count() > 1024 || grid.count() == 0)
-    fail("launch", "a grid %s of blocks %s", text(grid), text(block));
+  if (block.count() == 0 || block.count() > kMostThreads || grid.count() == 0 ||
+      grid.y > kMostBlocks || grid.z > kMostBlocks || shared_bytes > kMostShared)
+    fail("launch", "a grid %s of blocks %s with %zu bytes", text(grid), text(block), shared_bytes);
   gridDim = grid;
   blockDim = block;
   shared.resize(shared_bytes);

@@ -14,7 +14,7 @@ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
   struct Operands {
     uint32_t* to;
     uint32_t row;
-  } mine{to, shared.offset(row, 16, "ldmatrix's row")};
+  } mine{to, shared.offset(row, 16, "a row of ldmatrix")};
   schedule.meet("ldmatrix", mine, [](const auto& lanes) {
     const unsigned first = schedule.present - schedule.lane();
     for (unsigned matrix = 0; matrix < 4; ++matrix)
@@ -26,23 +26,28 @@ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
   });
 }
 
-inline float widen_bits(uint32_t word, unsigned half, resnet_fast::fp16) {
-  return resnet_fast::widen(resnet_fast::fp16{static_cast<uint16_t>(word >> 16 * half)});
-}
-inline float widen_bits(uint32_t word, unsigned half, resnet_fast::bf16) {
-  return resnet_fast::widen(resnet_fast::bf16{static_cast<uint16_t>(word >> 16 * half)});
-}
-inline float widen_bits(uint32_t word, unsigned, float) {
-  return std::bit_cast<float>(word & ~0x1fffu);
+template <typename T>
+float element(uint32_t word, unsigned half) {
+  if constexpr (std::is_same_v<T, float>)
+    return std::bit_cast<float>(word & ~0x1fffu);
+  else
+    return resnet_fast::widen(T{static_cast<uint16_t>(word >> 16 * half)});
 }
 
-// mma. Products are exact; they are added to the sum one by one, k ascending, each sum rounded to
-// fp32. The hardware aligns and truncates instead, and adds several at once: results differ in the
-// last bits.
+// sum[16 x 8] += a[16 x depth] b[depth x 8]. A product of two elements has at most 22 bits, so it
+// is exact in fp32 unless it leaves fp32's range; it is added to the sum, k ascending, each sum
+// rounded to nearest. The hardware adds several at once and truncates: its last bits differ. The
+// sanitizers are kept out of what takes most of a test's time.
+[[gnu::no_sanitize("address", "undefined", "thread")]] inline void multiply(
+    float (&sum)[16][8], const float (&a)[16][16], const float (&b)[16][8], unsigned depth) {
+  for (unsigned row = 0; row < 16; ++row)
+    for (unsigned k = 0; k < depth; ++k)
+      for (unsigned column = 0; column < 8; ++column) sum[row][column] += a[row][k] * b[k][column];
+}
+
 template <typename T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   constexpr unsigned kPerWord = 4 / sizeof(T);
-  constexpr unsigned kDepth = 8 * kPerWord;
   struct Operands {
     float* sum;
     const uint32_t* a;
@@ -52,33 +57,38 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
                                 : std::is_same_v<T, resnet_fast::bf16> ? "mma of bf16"
                                                                        : "mma of TF32";
   schedule.meet(kName, mine, [](const auto& lanes) {
-    float a[16][kDepth], b[8][kDepth];
+    float a[16][16], b[16][8], sum[16][8];
     for (unsigned lane = 0; lane < kLanes; ++lane) {
+      const Operands& it = *lanes[lane];
       const unsigned group = lane / 4, t = lane % 4;
       for (unsigned half = 0; half < kPerWord; ++half) {
         const unsigned k = t * kPerWord + half, far = k + 4 * kPerWord;
-        a[group][k] = widen_bits(lanes[lane]->a[0], half, T{});
-        a[group + 8][k] = widen_bits(lanes[lane]->a[1], half, T{});
-        a[group][far] = widen_bits(lanes[lane]->a[2], half, T{});
-        a[group + 8][far] = widen_bits(lanes[lane]->a[3], half, T{});
-        b[group][k] = widen_bits(lanes[lane]->b[0], half, T{});
-        b[group][far] = widen_bits(lanes[lane]->b[1], half, T{});
+        a[group][k] = element<T>(it.a[0], half);
+        a[group + 8][k] = element<T>(it.a[1], half);
+        a[group][far] = element<T>(it.a[2], half);
+        a[group + 8][far] = element<T>(it.a[3], half);
+        b[k][group] = element<T>(it.b[0], half);
+        b[far][group] = element<T>(it.b[1], half);
       }
+      for (unsigned i = 0; i < 4; ++i) sum[group + i / 2 * 8][2 * t + i % 2] = it.sum[i];
     }
+    multiply(sum, a, b, 8 * kPerWord);
     for (unsigned lane = 0; lane < kLanes; ++lane)
-      for (unsigned i = 0; i < 4; ++i) {
-        const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        float total = lanes[lane]->sum[i];
-        for (unsigned k = 0; k < kDepth; ++k) total = std::fma(a[row][k], b[column][k], total);
-        lanes[lane]->sum[i] = total;
-      }
+      for (unsigned i = 0; i < 4; ++i)
+        lanes[lane]->sum[i] = sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   });
 }
 
-// cvt.rna.tf32: half a unit is added to the magnitude, then the fraction is cut.
+// cvt.rna.tf32, as ptxas writes it out for sm_80 and sm_90a: half a unit is added to finite
+// numbers, then the fraction is cut. A NaN whose payload lies below it becomes infinite.
 inline uint32_t round_to_tf32(uint32_t bits) {
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;
-  return (bits + 0x1000u) & ~0x1fffu;
+  const bool finite = (bits & 0x7fffffffu) < 0x7f800000u;
+  return (finite ? bits + 0x1000u : bits) & ~0x1fffu;
+}
+
+// cvt.rn.bf16, whose only NaN has all bits set.
+inline uint16_t round_to_bf16(float value) {
+  return std::isnan(value) ? 0x7fff : resnet_fast::Narrow<resnet_fast::bf16>::from(value).bits;
 }
 
 template <typename T>

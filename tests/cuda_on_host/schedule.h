@@ -44,16 +44,16 @@ struct Copy {
 struct Thread {
   std::unique_ptr<Fiber> fiber;
   dim3 index;
-  const char* waits_at = nullptr;  // a warp's instruction, or kBlockBarrier
-  void* operands = nullptr;        // of that instruction
-  std::vector<Copy> copies;        // in the order of their issue
-  uint64_t committed = 0;          // groups
+  const char* waits_at = nullptr;
+  void* operands = nullptr;  // of the instruction there
+  std::vector<Copy> copies;  // in the order of their issue
+  uint64_t committed = 0;    // groups
 };
 
-// Masks of lanes.
 struct Warp {
-  uint32_t runnable, waiting, exited;
-  uint32_t barriers;  // passed so far
+  uint32_t runnable = 0, meeting = 0, at_barrier = 0, exited = 0;  // lanes
+  const char* instruction = nullptr;                               // at which they meet
+  uint32_t barriers = 0;                                           // passed so far
 };
 
 inline constexpr const char* kBlockBarrier = "sync_block";
@@ -100,19 +100,17 @@ class Schedule {
       fail("divergence", "%s needs all lanes of the warp, and lane %d %s", instruction,
            std::countr_zero(mine.exited),
            first + std::countr_zero(mine.exited) < count ? "has exited" : "does not exist");
-    for (unsigned l = 0; l < kLanes; ++l) {
-      const char* other = threads[first + l].waits_at;
-      if (other && other != kBlockBarrier && std::strcmp(other, instruction) != 0)
-        fail("divergence", "lane %u is at %s, lane %u of the warp at %s", lane(), instruction, l,
-             other);
-    }
-    wait(instruction, &operands);
-    if (mine.waiting == ~0u && !at_block_barrier(first)) {
+    if (mine.meeting && std::strcmp(mine.instruction, instruction) != 0)
+      fail("divergence", "%s, and lane %d of the warp is at %s", instruction,
+           std::countr_zero(mine.meeting), mine.instruction);
+    mine.instruction = instruction;
+    wait(mine.meeting, instruction, &operands);
+    if (mine.meeting == ~0u) {
       std::array<Operands*, kLanes> all;
       for (unsigned l = 0; l < kLanes; ++l)
         all[l] = static_cast<Operands*>(threads[first + l].operands);
       act(all);
-      release(present / kLanes);
+      release(mine.meeting, mine);
     }
     go_on(*thread().fiber);
   }
@@ -125,12 +123,12 @@ class Schedule {
   void sync_block() {
     if (exited_ > 0)
       fail("barrier", "%s needs all threads of the block, and thread %s has exited", kBlockBarrier,
-           text(threads[exited()].index));
-    wait(kBlockBarrier, nullptr);
+           text(first_of(&Warp::exited)));
+    wait(warp().at_barrier, kBlockBarrier, nullptr);
     if (++at_barrier_ == count) {
       at_barrier_ = 0;
       ++barriers;
-      for (unsigned w = 0; w < warps.size(); ++w) release(w);
+      for (Warp& each : warps) release(each.at_barrier, each);
     }
     go_on(*thread().fiber);
   }
@@ -159,7 +157,6 @@ class Schedule {
       Thread& it = threads[t];
       if (t < count && !it.fiber) it.fiber = std::make_unique<Fiber>(&Schedule::life);
       it.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
-      it.waits_at = nullptr;
       it.committed = 0;
       Warp& warp = warps[t / kLanes];
       (t < count ? warp.runnable : warp.exited) |= 1u << t % kLanes;
@@ -185,39 +182,28 @@ class Schedule {
       fail("copies", "the thread exits and has not waited for %zu of its copies",
            thread().copies.size());
     Warp& mine = warp();
-    const unsigned first = present - lane();
-    for (unsigned l = 0; l < kLanes; ++l) {
-      const char* other = threads[first + l].waits_at;
-      if (other && other != kBlockBarrier)
-        fail("divergence", "the thread exits, and lane %u of its warp waits at %s", l, other);
-    }
+    if (mine.meeting)
+      fail("divergence", "the thread exits, and lane %d of its warp waits at %s",
+           std::countr_zero(mine.meeting), mine.instruction);
     if (at_barrier_ > 0)
-      fail("barrier", "the thread exits, and thread %s waits at %s", text(threads[waiter()].index),
-           kBlockBarrier);
+      fail("barrier", "the thread exits, and thread %s waits at %s",
+           text(first_of(&Warp::at_barrier)), kBlockBarrier);
     mine.runnable &= ~(1u << lane());
     mine.exited |= 1u << lane();
     ++exited_;
   }
 
-  void wait(const char* where, void* operands) {
+  void wait(uint32_t& lanes, const char* where, void* operands) {
     thread().waits_at = where;
     thread().operands = operands;
     warp().runnable &= ~(1u << lane());
-    warp().waiting |= 1u << lane();
+    lanes |= 1u << lane();
   }
 
-  void release(unsigned warp) {
-    Warp& it = warps[warp];
-    it.runnable |= it.waiting;
-    it.waiting = 0;
-    for (unsigned t = warp * kLanes; t < (warp + 1) * kLanes; ++t) threads[t].waits_at = nullptr;
+  void release(uint32_t& lanes, Warp& warp) {
+    warp.runnable |= lanes;
+    lanes = 0;
     current_ = kNone;
-  }
-
-  bool at_block_barrier(unsigned first) const {
-    for (unsigned t = first; t < first + kLanes; ++t)
-      if (threads[t].waits_at == kBlockBarrier) return true;
-    return false;
   }
 
   unsigned next_warp() {
@@ -246,29 +232,26 @@ class Schedule {
     return static_cast<unsigned>(std::countr_zero(runnable));
   }
 
-  unsigned exited() const {
-    for (unsigned t = 0; t < count; ++t)
-      if (warps[t / kLanes].exited >> t % kLanes & 1) return t;
-    return 0;
-  }
-  unsigned waiter() const {
-    for (unsigned t = 0; t < count; ++t)
-      if (threads[t].waits_at == kBlockBarrier) return t;
-    return 0;
+  // The first thread of which the warps' `lanes` tell.
+  dim3 first_of(uint32_t Warp::* lanes) const {
+    unsigned t = 0;
+    while (!(warps[t / kLanes].*lanes >> t % kLanes & 1)) ++t;
+    return threads[t].index;
   }
 
-  // Everybody waits. Neighbours that wait at the same place share a line.
+  const char* place(unsigned t) const {
+    const bool gone = warps[t / kLanes].exited >> t % kLanes & 1;
+    return gone ? "the end" : threads[t].waits_at;
+  }
+
   [[noreturn]] void deadlock() const {
     std::string who;
-    for (unsigned t = 0; t < count;) {
-      const char* where = threads[t].waits_at;
-      unsigned end = t + 1;
-      while (end < count && threads[end].waits_at == where) ++end;
-      who += (who.empty() ? "" : ", ") + std::string("threads ") + std::to_string(t) + " to " +
-             std::to_string(end - 1) + (where ? " wait at " + std::string(where) : " have exited");
-      t = end;
+    for (unsigned t = 0, end; t < count; t = end) {
+      for (end = t + 1; end < count && std::strcmp(place(end), place(t)) == 0;) ++end;
+      who += (t == 0 ? "threads " : ", threads ") + std::to_string(t) + " to " +
+             std::to_string(end - 1) + " at " + place(t);
     }
-    fail("deadlock", "%s", who.c_str());
+    fail("deadlock", "everybody waits: %s", who.c_str());
   }
 
   static constexpr unsigned kNone = ~0u;

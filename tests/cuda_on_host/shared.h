@@ -100,7 +100,7 @@ inline unsigned char* shared_memory() { return shared.data(); }
 inline uint32_t shared_address(const void* pointer) { return shared.address(pointer); }
 
 inline void copy_async(uint32_t to, const void* from, unsigned bytes, bool valid) {
-  const uint32_t offset = shared.offset(to, bytes, "cp.async to");
+  const uint32_t offset = shared.offset(to, bytes, "a cp.async");
   if (valid) {
     if (reinterpret_cast<uintptr_t>(from) % bytes != 0)
       fail("misaligned", "cp.async of %u bytes from global %p", bytes, from);
