@@ -127,7 +127,7 @@ INCOMPLETE: dict[str, list[Step]] = {
     "nobody adds": [(3, "fence", 0), "block", (109, "fence", 0), "block"],
     "another counter": [*GIVE, (109, "add", 1), (109, "fence", 0), "block"],
     "no fence behind": [*GIVE, (109, "add", 2), "block"],
-    "a fence of a thread that does not know": [*GIVE, (109, "add", 2), (104, "fence", 0), "block"],
+    "a fence of a thread that does not know": [*GIVE, (109, "add", 2), (110, "fence", 0), "block"],
     "no barrier behind": [*GIVE, *TAKE],
     "a fence too early": [*GIVE, (109, "fence", 0), (109, "add", 2), "block"],
 }
@@ -141,6 +141,12 @@ def test_an_incomplete_handover_is_a_race(name: str, first: str, second: str) ->
         HostError, match=r"global \+5, which thread 3 of another block .*no handover"
     ):
         perform(steps)
+
+
+def test_threads_of_one_number_in_two_blocks_are_two() -> None:
+    for first, second in BETWEEN_BLOCKS:
+        with pytest.raises(HostError, match="no handover"):
+            perform([(3, f"{first} global", 5), (103, f"{second} global", 5)])
 
 
 def test_of_the_readers_of_other_blocks_the_last_is_remembered() -> None:

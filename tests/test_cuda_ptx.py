@@ -7,20 +7,22 @@ tests/cuda_on_host/layer_instructions.cuh, one instruction each.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from host_support import raw
-from test_cuda_build import ROOT, cuobjdump, knows, toolkit
+from host_support import ROOT, raw
+from resnet_fast.kernels import cuda_resources
 from test_cuda_on_host import instruction, operands
 from torch import Tensor
 
 PROGRAM = ROOT / "tests/cuda_on_host/layer_instructions.cu"
-NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
 # By the kernel's name, patterns of its instructions.
 SASS = {
     r"load": [r"LDSM\.16\.M88\.4 "],
@@ -45,13 +47,23 @@ SASS = {
 }
 
 
+def nvcc() -> str:
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    found = (str(path) for home in homes if home and (path := Path(home) / "bin/nvcc").exists())
+    compiler = next(found, shutil.which("nvcc"))
+    if compiler is None:
+        pytest.skip("nvcc was not found")
+    return compiler
+
+
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_each_function_is_its_instruction(tmp_path: Path, arch: str) -> None:
-    home, tool = toolkit(), cuobjdump()
-    if home is None or tool is None or not knows(arch):
-        pytest.skip(f"no nvcc that knows sm_{arch}, or no cuobjdump")
+    try:
+        tool = cuda_resources.find_cuobjdump()
+    except cuda_resources.ResourceError as error:
+        pytest.skip(str(error))
     binary = tmp_path / "kernels.cubin"
-    command = [str(home / "bin/nvcc"), *NVCC, f"-arch=sm_{arch}", "-cubin", str(PROGRAM)]
+    command = [nvcc(), *FLAGS, f"-arch=sm_{arch}", "-cubin", str(PROGRAM)]
     command += ["-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
@@ -93,12 +105,9 @@ def operands_of_each_kernel() -> dict[str, tuple[Tensor, Tensor, int]]:
 
 @pytest.mark.gpu
 def test_the_host_agrees_with_the_device(tmp_path: Path) -> None:
-    home = toolkit()
-    if home is None:
-        pytest.skip("nvcc was not found")
     program = tmp_path / "program"
     arch = "".join(map(str, torch.cuda.get_device_capability()))
-    command = [str(home / "bin/nvcc"), *NVCC, f"-arch=sm_{arch}", str(PROGRAM), "-o", str(program)]
+    command = [nvcc(), *FLAGS, f"-arch=sm_{arch}", str(PROGRAM), "-o", str(program)]
     subprocess.run(command, check=True)
     for kernel, (data, given, words) in operands_of_each_kernel().items():
         size = data.numel() * 4

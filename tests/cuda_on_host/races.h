@@ -91,8 +91,8 @@ inline constexpr size_t kGranule = 1;  // plain accesses of any size, see trace.
 inline constexpr size_t kGranule = 4;
 #endif
 
-// What is known of a piece of memory. The last write and the reads since then say all: what is not
-// in order with an earlier access is not in order with one of these. Of reads by other warps and by
+// What is known of a piece of memory. The last write and the last reads say all: what is not in
+// order with an earlier access is not in order with one of these. Of reads by other warps and by
 // other blocks one each is kept.
 class Shadow {
  public:
@@ -135,7 +135,6 @@ class Shadow {
       check_copy(cell, at, now, what);
       check_writer(cell, at, now, what);
       check_readers(cell, at, now, what);
-      cell.read_at = cell.elsewhere = 0;
       cell.writer = static_cast<uint16_t>(thread);
       cell.written_at = now.barriers;
       cell.written_at_warp = now.warp_barriers;
