@@ -214,6 +214,8 @@ def test_ops_say_their_own_training_work() -> None:
     assert total.written == 2 * size + 4 * vectors
     _, linear = work("_bn_act_train_backward", *arguments, "none")
     assert total.read - linear.read == 2 * size
+    _, alone = work("_bn_act_train_backward", *arguments[:4], None, vector, vector, "relu")
+    assert (total.read - alone.read, total.written - alone.written) == (2 * size, size)
     for name in ("_add_act_backward", "_add_act_backward_triton"):
         assert work(name, x, x, x, "relu") == (1, (3 * size, size, 0, 0))
 
