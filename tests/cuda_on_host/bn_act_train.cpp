@@ -28,8 +28,12 @@ void run(cuda_on_host::Case& it, const ChannelShape& shape) {
   Host device{it};
   const Act act = static_cast<Act>(it.integer("act"));
   const T* grad_y = it.input<T>("grad_y");
-  const Normalisation<T> of{it.input<T>("x"),    it.input<T>("residual"), it.input<C>("mean"),
-                            it.input<C>("rstd"), it.input<C>("weight"),   it.input<C>("bias"),
+  const Normalisation<T> of{it.input<T>("x"),
+                            it.input<T>("residual"),
+                            it.input<C>("mean"),
+                            it.input<C>("rstd"),
+                            it.input<C>("weight"),
+                            it.input<C>("bias"),
                             act};
   if (grad_y) {
     BackwardOutputs<T> out{it.output<T>("grad_x", shape.numel()),
