@@ -128,11 +128,10 @@ py::list kernel_variants() {
   return rows;
 }
 
-// What the CUDA library's convolution runs: the filters' shape is K, C / groups, R, S.
-std::string conv_variant(int element_bytes, int64_t pixels, const std::vector<int>& filters,
-                         int groups, const std::string& tile) {
+// A convolution of that many outputs a filter; the filters' shape is K, C / groups, R, S.
+resnet_fast::ConvShape conv_shape(int64_t pixels, const std::vector<int>& filters, int groups) {
   if (filters.size() != 4 || groups < 1 || pixels < 0 || pixels > INT32_MAX) {
-    throw std::invalid_argument("conv_variant: expected a filter of four dimensions, groups >= 1");
+    throw std::invalid_argument("filters: expected four dimensions; groups: expected 1 or more");
   }
   resnet_fast::ConvShape shape{};
   shape.batch = shape.out_height = 1;
@@ -142,7 +141,7 @@ std::string conv_variant(int element_bytes, int64_t pixels, const std::vector<in
   shape.kernel_h = filters[2];
   shape.kernel_w = filters[3];
   shape.groups = groups;
-  return resnet_fast::conv_variant(element_bytes, shape, tile);
+  return shape;
 }
 
 // The fingerprint of several buffers: order and length count, too.
@@ -185,9 +184,22 @@ PYBIND11_MODULE(_native, m) {
   m.def("kernel_variants", &kernel_variants,
         "Compiled kernels: name, op, device, isa; of CUDA also source, registers, shared and local "
         "memory, threads a block, blocks and warps at once, None where unknown.");
-  m.def("conv_variant", &conv_variant, py::arg("element_bytes"), py::arg("pixels"),
-        py::arg("filters"), py::arg("groups"), py::arg("tile"),
-        "Tile, parts of the reduction and bytes of a copy that the CUDA convolution takes.");
+  m.def(
+      "conv_variant",
+      [](int element_bytes, int64_t pixels, const std::vector<int>& filters, int groups,
+         const std::string& tile) {
+        return resnet_fast::conv_variant(element_bytes, conv_shape(pixels, filters, groups), tile);
+      },
+      py::arg("element_bytes"), py::arg("pixels"), py::arg("filters"), py::arg("groups"),
+      py::arg("tile"),
+      "Tile, parts of the reduction and bytes of a copy that the CUDA convolution takes.");
+  m.def(
+      "conv_stats_variant",
+      [](int element_bytes, int64_t pixels, const std::vector<int>& filters, int groups) {
+        return resnet_fast::conv_stats_variant(element_bytes, conv_shape(pixels, filters, groups));
+      },
+      py::arg("element_bytes"), py::arg("pixels"), py::arg("filters"), py::arg("groups"),
+      "Tile and bytes of a copy that conv_stats takes on CUDA.");
   m.def("fingerprint", &fingerprint, py::arg("buffers"),
         "Change detector over (address, bytes) pairs of live CPU memory, as a 64-bit integer.");
   py::class_<Watch>(m, "Watch", "The fingerprint of live CPU memory, to be compared again.")

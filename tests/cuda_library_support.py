@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from resnet_fast.kernels import cuda_resources
 
 from resnet_fast import _library
-from resnet_fast.kernels import cuda_resources
 
 # That of `make cuda-arches` has code for every architecture that is checked.
 EVERY = os.environ.get("RESNET_FAST_CUDA") == "all"

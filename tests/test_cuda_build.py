@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from cuda_library_support import EVERY, built_library
-
 from resnet_fast.kernels import cuda_resources
 
 ROOT = Path(__file__).resolve().parents[1]

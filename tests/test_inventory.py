@@ -28,9 +28,9 @@ SHARED = {
     "_sequence_bytes": "sequence",
     "_free_sequence": "sequence",
 }
-# Backends of an op beyond the CPU's; the training op runs as the framework's on other devices.
+# Backends of an op beyond the CPU's.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}
-CUDA = {"add_act", "bn_act"}
+CUDA = {"add_act", "bn_act", "bn_act_train"}
 # Ops whose CUDA kernel is a registration of its own: the plan chooses it, or another.
 CUDA_FORMS = {"conv_bn_act", "stem_pool"}
 # Ops with C++ sources.
@@ -164,7 +164,8 @@ def test_sources(op: str) -> None:
     if op in PRIVATE:
         assert f'"{PRIVATE[op]}"' in read(f"csrc/cpu/{op}.cpp")
     if op in CUDA:
-        assert f'"{op}"' in read(f"csrc/cuda/{op}.cu")
+        for name in (op, *([PRIVATE[op]] if op in PRIVATE else ())):
+            assert f'"{name}"' in read(f"csrc/cuda/{op}.cu")
     if op in KERNELS:
         assert f"def launch_{op}(" in read(f"kernels/{op}.py")
         assert f"_{op}_triton" in read(f"resnet_fast/ops/{op}_triton.py")

@@ -170,6 +170,15 @@ def test_a_wrong_kernel_is_not_used(calls: list[int], monkeypatch: pytest.Monkey
     assert "layers (MISMATCH)" in line and not calls
 
 
+def test_verified_with_images_that_take_the_kernels_that_run() -> None:
+    net = block()
+    for batch, size, images_ in ((2, 7, 2), (64, 7, 2), (4, 56, 2), (128, 56, 8)):
+        x = torch.empty(batch, 16, size, size, dtype=torch.float16)
+        taken = place.TrainBlock(*module._place(net, x))
+        assert place._images(x, taken) == images_
+        assert place.variant_of(x, taken, images_) == place.variant_of(x, taken, batch)
+
+
 def unplain(name: str, net: Any) -> None:
     changes: dict[str, Any] = {
         "a hook": lambda: net.conv2.register_forward_hook(lambda *a: None),

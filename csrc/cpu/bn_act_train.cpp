@@ -5,6 +5,8 @@
 //   grad_bias = sum(grad_z)      grad_weight = sum(grad_z * xhat)      xhat = (x - mean) * rstd
 //   grad_x = weight * rstd * (grad_z - grad_bias / M - xhat * grad_weight / M)
 //
+// grad_z is the residual's gradient; without a residual it is empty.
+//
 // Sums are fp64 over blocks of a fixed size that are added in order, so that the result does not
 // depend on the number of threads; the variance is a second pass around the mean.
 #include <cmath>
@@ -182,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_train_backward(
   check_channel_vector("rstd", rstd, x, channels);
   const MemoryFormat format = output_format(x);
   Tensor grad_x = empty_output(x);
-  Tensor grad_z = empty_output(x);
+  Tensor grad_z = residual ? empty_output(x) : empty({0}, x.scalar_type(), x);
   Tensor grad_weight = empty({channels}, stat_dtype(x.scalar_type()), x);
   Tensor grad_bias = empty({channels}, stat_dtype(x.scalar_type()), x);
   const Tensor dense = as_format(x, format);
@@ -200,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_train_backward(
                           scale.data(),      gamma.data(),      beta.data()};
     const T* above = data_of<T>(upstream);
     T* out_x = mutable_data_of<T>(grad_x);
-    T* out_z = mutable_data_of<T>(grad_z);
+    T* out_z = residual ? mutable_data_of<T>(grad_z) : nullptr;
     const double count = static_cast<double>(view.numel / channels);
     std::vector<A> shift(channels), slope(channels), gain(channels);
     with_act(act, [&](auto code) {
@@ -230,13 +232,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_train_backward(
                 const T* __restrict up = above;
                 T* __restrict to_x = out_x;
                 T* __restrict to_z = out_z;
-                for (int64_t i = at; i < at + length; ++i) {
-                  const int64_t c = channel + (i - at) * kStep;
-                  const A g = chain(widen(up[i]), activate_grad<kAct>(local.before_act(i, c)));
-                  to_z[i] = Narrow<T>::from(g);
-                  to_x[i] =
-                      Narrow<T>::from(gain[c] * (g - shift[c] - local.normal(i, c) * slope[c]));
-                }
+                const auto each = [&](auto keeps_z) RF_INLINE {
+                  for (int64_t i = at; i < at + length; ++i) {
+                    const int64_t c = channel + (i - at) * kStep;
+                    const A g = chain(widen(up[i]), activate_grad<kAct>(local.before_act(i, c)));
+                    if constexpr (decltype(keeps_z)::value) to_z[i] = Narrow<T>::from(g);
+                    to_x[i] =
+                        Narrow<T>::from(gain[c] * (g - shift[c] - local.normal(i, c) * slope[c]));
+                  }
+                };
+                to_z != nullptr ? each(std::true_type{}) : each(std::false_type{});
               });
         });
       });

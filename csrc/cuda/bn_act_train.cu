@@ -1,36 +1,10 @@
-// bn_act_train and its backward on CUDA: guards, allocation, launch, registration.
+// bn_act_train, its backward, and norm_act, its second half, on CUDA: guards, allocation, launch,
+// registration.
 #include "bn_act_train_launch.h"
-#include "launch.cuh"
+#include "current_stream.cuh"
 
 namespace resnet_fast {
 namespace {
-
-// Launches on the tensor's current stream. Workspaces come from torch's allocator, whose memory
-// belongs to that stream: nothing waits for the kernels, and a capture records all there is.
-class CurrentStream {
- public:
-  explicit CurrentStream(const Tensor& x)
-      : like_(x), stream_(static_cast<cudaStream_t>(current_cuda_stream(x))) {}
-
-  template <auto KERNEL>
-  int64_t resident() const {
-    return resident_blocks<KERNEL>(like_);
-  }
-  template <auto KERNEL, typename... Args>
-  void launch(dim3 grid, dim3 block, size_t shared_bytes, Args... args) const {
-    KERNEL<<<grid, block, shared_bytes, stream_>>>(args...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  void* workspace(int64_t bytes) {
-    held_.push_back(empty({bytes}, ScalarType::Byte, like_));
-    return held_.back().mutable_data_ptr();
-  }
-
- private:
-  const Tensor& like_;
-  cudaStream_t stream_;
-  std::vector<Tensor> held_;
-};
 
 void check_arguments(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                      const OptTensor& residual) {
@@ -120,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_train_backward_cuda(
   const DeviceGuard guard(x.get_device_index());
   const MemoryFormat format = output_format(x);
   const Tensor grad_x = empty_output(x);
-  const Tensor grad_z = empty_output(x);
+  const Tensor grad_z = residual ? empty_output(x) : empty({0}, x.scalar_type(), x);
   const Tensor grad_weight = empty({x.size(1)}, stat_dtype(x.scalar_type()), x);
   const Tensor grad_bias = empty({x.size(1)}, stat_dtype(x.scalar_type()), x);
   const Inputs in(x, weight, bias, residual, format);
@@ -135,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_train_backward_cuda(
     const auto of = in.pointers<T>(dense_mean, dense_rstd, code);
     const T* upstream = data_of<T>(dense_grad_y);
     const BackwardOutputs<T> out{mutable_data_of<T>(grad_x), mutable_data_of<C>(grad_weight),
-                                 mutable_data_of<C>(grad_bias), mutable_data_of<T>(grad_z)};
+                                 mutable_data_of<C>(grad_bias),
+                                 residual ? mutable_data_of<T>(grad_z) : nullptr};
     const bool vector = shape.fits_vectors(kLanes<T>) &&
                         aligned(of.x, of.residual, upstream, out.grad_x, out.grad_z);
     dispatch_access<T>(vector, shape.numel(), [&](auto lanes, auto index) {
@@ -146,10 +121,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_train_backward_cuda(
   return {grad_x, grad_weight, grad_bias, grad_z};
 }
 
+Tensor norm_act_cuda(const Tensor& x, const Tensor& mean, const Tensor& rstd, OptTensor weight,
+                     OptTensor bias, OptTensor residual, double /*eps*/, std::string act) {
+  const Act code = parse_act(act);
+  check_arguments(x, weight, bias, residual);
+  check_channel_vector("mean", mean, x, x.size(1));
+  check_channel_vector("rstd", rstd, x, x.size(1));
+  const DeviceGuard guard(x.get_device_index());
+  const MemoryFormat format = output_format(x);
+  const Tensor y = empty_output(x);
+  const Inputs in(x, weight, bias, residual, format);
+  const Tensor dense_mean = as_format(mean, MemoryFormat::Contiguous);
+  const Tensor dense_rstd = as_format(rstd, MemoryFormat::Contiguous);
+  const ChannelShape shape = channel_shape(x, format);
+  CurrentStream device(x);
+  dispatch_dtype(x.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto of = in.pointers<T>(dense_mean, dense_rstd, code);
+    T* out = mutable_data_of<T>(y);
+    const bool vector = shape.fits_vectors(kLanes<T>) && aligned(of.x, of.residual, out);
+    dispatch_access<T>(vector, shape.numel(), [&](auto lanes, auto index) {
+      using Index = typename decltype(index)::type;
+      run_norm_act<T, decltype(lanes)::value, Index>(device, shape, of, out);
+    });
+  });
+  return y;
+}
+
 }  // namespace
 }  // namespace resnet_fast
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) {
   m.impl("bn_act_train", TORCH_BOX(&resnet_fast::bn_act_train_cuda));
+  m.impl("norm_act", TORCH_BOX(&resnet_fast::norm_act_cuda));
   m.impl("_bn_act_train_backward", TORCH_BOX(&resnet_fast::bn_act_train_backward_cuda));
 }

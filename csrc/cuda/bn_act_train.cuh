@@ -106,24 +106,30 @@ struct Normalise {
   }
 };
 
-// Mean and sum of squared deviations of each channel, in one pass (Chan, Golub, LeVeque 1983,
-// "Algorithms for computing the sample variance"): `count` values more, with sums s of x - mean and
-// q of (x - mean)^2, change
+// Mean and sum of squared deviations of each channel, in one pass. A thread adds up x - origin and
+// its square, from an origin of its own near its first values. With sums s and q of n values,
 //
-//   mean by s / n      spread by q - s^2 / n      where n counts all values, the new ones included
+//   mean = origin + s / n      spread = q - s^2 / n
 //
-// Deviations are from what the mean was, hence of the data's spread and not of their magnitude: a
-// mean of a thousand deviations costs no digit. The first mean is a value of the thread's own; no
-// value of a set is farther from its mean than sqrt(size) deviations, so that q - s^2 / n cannot
-// cancel, whatever comes first. NaN and infinities make their own channel NaN, no other.
+// where the difference keeps its digits as long as the origin is within a few deviations of the
+// mean: it is the middle one of three rows, or the average of a few vectors of a plane, so that an
+// outlier, as in a corner that has seen padding, does not take it far. Sets are joined by
+//
+//   mean = mean_a + d n_b / n      spread = spread_a + spread_b + d^2 n_a n_b / n      d = mean_b -
+//   mean_a
+//
+// (Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance"). A mean is a sum of
+// two numbers, the second what rounding took from the first: a mean of a thousand deviations would
+// be rounded at a size at which d is lost. NaN and infinities make their own channel NaN, no other.
 template <typename T>
 struct MomentsOf {
   using C = Accumulator<T>;
+  static constexpr int kSums = 3;
   template <int LANES>
   static constexpr int kRowsAtOnce = 4;
   template <int LANES>
   static constexpr int kVectorsAtOnce = LANES == 8 ? 2 : 4;
-  static constexpr int kRowBlocks = 3, kPlaneBlocks = 4;
+  static constexpr int kRowBlocks = 2, kPlaneBlocks = 4;
   template <int LANES>
   using Loaded = Vector<T, LANES>;
   const T* x;
@@ -139,74 +145,113 @@ struct MomentsOf {
     return load_vector<LANES>(x + vector * LANES);
   }
 
-  template <int LANES, int U, typename Index, typename P>
-  __device__ void add_rows(Gathered<C, LANES, Index>& own, const P&, const Loaded<LANES> (&in)[U],
-                           int filled) const {
-    const bool begins = own.count == 0;
-    own.count += filled;
-    const C share = C(1) / static_cast<C>(own.count);
+  template <int LANES, int U, typename Index>
+  __device__ void add_rows(Gathered<C, kSums, LANES, Index>& own, const None&,
+                           const Loaded<LANES> (&in)[U], int filled) const {
+    if (own.count == 0) {
 #pragma unroll
-    for (int j = 0; j < LANES; ++j) {
-      const C mean = begins ? to_accumulator(in[0].lane[j]) : own.first[j];
-      C sum = 0, squares = 0;
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const C deviation = u < filled ? to_accumulator(in[u].lane[j]) - mean : C(0);
-        sum += deviation;
-        squares = affine(deviation, deviation, squares);
+      for (int j = 0; j < LANES; ++j) {
+        const auto row = [&](int u) { return to_accumulator(in[u < filled ? u : 0].lane[j]); };
+        own.sum[kOrigin][j] = middle(row(0), row(1), row(2));
       }
-      const C change = sum * share;
-      own.first[j] = mean + change;
-      own.second[j] += affine(-sum, change, squares);
+    }
+    own.count += filled;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u < filled) {
+#pragma unroll
+        for (int j = 0; j < LANES; ++j) {
+          const C away = to_accumulator(in[u].lane[j]) - own.sum[kOrigin][j];
+          own.sum[kSum][j] += away;
+          own.sum[kSquares][j] = affine(away, away, own.sum[kSquares][j]);
+        }
+      }
     }
   }
 
-  template <int LANES, int U, typename Index, typename P>
-  __device__ void add_lanes(Gathered<C, 1, Index>& own, const P&, const Loaded<LANES> (&in)[U],
-                            const int (&begin)[U], const int (&end)[U]) const {
-    C mean = own.first[0];
-    if (own.count == 0) {
+  template <int LANES, int U, typename Index>
+  __device__ void add_lanes(Gathered<C, kSums, 1, Index>& own, const None&,
+                            const Loaded<LANES> (&in)[U], const int (&begin)[U],
+                            const int (&end)[U]) const {
+    int added = 0;
+#pragma unroll
+    for (int u = 0; u < U; ++u) added += end[u] - begin[u];
+    if (own.count == 0 && added > 0) {
+      C first = 0, away = 0;
 #pragma unroll
       for (int u = U - 1; u >= 0; --u) {
 #pragma unroll
         for (int j = LANES - 1; j >= 0; --j) {
-          if (j >= begin[u] && j < end[u]) mean = to_accumulator(in[u].lane[j]);
+          if (j >= begin[u] && j < end[u]) first = to_accumulator(in[u].lane[j]);
         }
       }
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int j = 0; j < LANES; ++j) {
+          if (j >= begin[u] && j < end[u]) away += to_accumulator(in[u].lane[j]) - first;
+        }
+      }
+      own.sum[kOrigin][0] = affine(away, C(1) / static_cast<C>(added), first);
     }
-    C sum = 0, squares = 0;
-    int added = 0;
+    own.count += added;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      added += end[u] - begin[u];
 #pragma unroll
       for (int j = 0; j < LANES; ++j) {
         const bool mine = j >= begin[u] && j < end[u];
-        const C deviation = mine ? to_accumulator(in[u].lane[j]) - mean : C(0);
-        sum += deviation;
-        squares = affine(deviation, deviation, squares);
+        const C away = mine ? to_accumulator(in[u].lane[j]) - own.sum[kOrigin][0] : C(0);
+        own.sum[kSum][0] += away;
+        own.sum[kSquares][0] = affine(away, away, own.sum[kSquares][0]);
       }
     }
-    own.count += added;
-    const C share = own.count == 0 ? C(0) : C(1) / static_cast<C>(own.count);
-    const C change = sum * share;
-    own.first[0] = mean + change;
-    own.second[0] += affine(-sum, change, squares);
   }
 
-  // Two sets become one; the same formula, `other` being the new values.
+  // From origin, sum and squares to mean, its rest and spread.
   template <int K, typename Index>
-  __device__ static void combine(Gathered<C, K, Index>& own, const Gathered<C, K, Index>& other) {
+  __device__ static void close(Gathered<C, kSums, K, Index>& own) {
+    const C share = own.count == 0 ? C(0) : C(1) / static_cast<C>(own.count);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const C sum = own.sum[kSum][k], away = sum * share;
+      own.sum[kRest][k] = 0;
+      move(own.sum[kMean][k], own.sum[kRest][k], away);
+      own.sum[kSpread][k] = affine(-sum, away, own.sum[kSquares][k]);
+    }
+  }
+
+  template <int K, typename Index>
+  __device__ static void combine(Gathered<C, kSums, K, Index>& own,
+                                 const Gathered<C, kSums, K, Index>& other) {
     const Index count = own.count + other.count;
     const C share = count == 0 ? C(0) : static_cast<C>(other.count) / static_cast<C>(count);
     const C weight = static_cast<C>(own.count) * share;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const C between = other.first[k] - own.first[k];
-      own.first[k] = affine(between, share, own.first[k]);
-      own.second[k] += affine(between * weight, between, other.second[k]);
+      const C between =
+          (other.sum[kMean][k] - own.sum[kMean][k]) + (other.sum[kRest][k] - own.sum[kRest][k]);
+      move(own.sum[kMean][k], own.sum[kRest][k], between * share);
+      own.sum[kSpread][k] += affine(between * weight, between, other.sum[kSpread][k]);
     }
     own.count = count;
+  }
+
+ private:
+  enum { kOrigin, kSum, kSquares };
+  enum { kMean, kRest, kSpread };
+
+  __device__ static C middle(C a, C b, C c) {
+    const C low = a < b ? a : b, high = a < b ? b : a;
+    return c < low ? low : high < c ? high : c;
+  }
+
+  // mean + rest + by, exactly but for the rounding of rest + by (Knuth's TwoSum).
+  __device__ static void move(C& mean, C& rest, C by) {
+    by += rest;
+    const C moved = mean + by;
+    const C taken = moved - mean;
+    rest = (mean - (moved - taken)) + (by - taken);
+    mean = moved;
   }
 };
 
@@ -214,7 +259,7 @@ struct MomentsOf {
 template <typename T>
 struct GradientSums {
   using C = Accumulator<T>;
-  static constexpr int kParameters = 3;
+  static constexpr int kSums = 2, kParameters = 3;
   template <int LANES>
   static constexpr int kRowsAtOnce = LANES == 1 ? 4 : 2;
   template <int LANES>
@@ -252,23 +297,24 @@ struct GradientSums {
   }
 
   template <int LANES, int U, typename Index, typename P>
-  __device__ void add_rows(Gathered<C, LANES, Index>& own, const P& parameters,
+  __device__ void add_rows(Gathered<C, kSums, LANES, Index>& own, const P& parameters,
                            const Loaded<LANES> (&in)[U], int filled) const {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (u >= filled) break;
-      C centred[LANES], grad[LANES];
-      evaluate(in[u], parameters, centred, grad);
+      if (u < filled) {
+        C centred[LANES], grad[LANES];
+        evaluate(in[u], parameters, centred, grad);
 #pragma unroll
-      for (int j = 0; j < LANES; ++j) {
-        own.first[j] += grad[j];
-        own.second[j] = affine(grad[j], centred[j], own.second[j]);
+        for (int j = 0; j < LANES; ++j) {
+          own.sum[0][j] += grad[j];
+          own.sum[1][j] = affine(grad[j], centred[j], own.sum[1][j]);
+        }
       }
     }
   }
 
   template <int LANES, int U, typename Index, typename P>
-  __device__ void add_lanes(Gathered<C, 1, Index>& own, const P& parameters,
+  __device__ void add_lanes(Gathered<C, kSums, 1, Index>& own, const P& parameters,
                             const Loaded<LANES> (&in)[U], const int (&begin)[U],
                             const int (&end)[U]) const {
 #pragma unroll
@@ -283,17 +329,21 @@ struct GradientSums {
           along = affine(grad[j], centred[j], along);
         }
       }
-      own.first[0] += sum;
-      own.second[0] += along;
+      own.sum[0][0] += sum;
+      own.sum[1][0] += along;
     }
   }
 
   template <int K, typename Index>
-  __device__ static void combine(Gathered<C, K, Index>& own, const Gathered<C, K, Index>& other) {
+  __device__ static void close(Gathered<C, kSums, K, Index>&) {}
+
+  template <int K, typename Index>
+  __device__ static void combine(Gathered<C, kSums, K, Index>& own,
+                                 const Gathered<C, kSums, K, Index>& other) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      own.first[k] += other.first[k];
-      own.second[k] += other.second[k];
+      own.sum[0][k] += other.sum[0][k];
+      own.sum[1][k] += other.sum[1][k];
     }
   }
 };
@@ -342,37 +392,38 @@ struct GradientMap {
 struct AddPartials {
   template <typename Sums>
   __device__ static void combine(Sums& own, const Sums& other) {
-    own.first[0] += other.first[0];
-    own.second[0] += other.second[0];
+    own.sum[0][0] += other.sum[0][0];
+    own.sum[1][0] += other.sum[1][0];
   }
 };
 
 // mean, and rstd = 1 / sqrt(spread / M + eps). Around any number a the partials' means m and
 // spreads s give, n being their counts,
 //
-//   S = sum(n * (m - a))     Q = sum(s + n * (m - a)^2)     mean = a + S / M     spread = Q - S^2 /
-//   M
+//   S = sum(n (m - a))     Q = sum(s + n (m - a)^2)     mean = a + S / M     spread = Q - S^2 / M
 //
-// without a division a partial. a is the first partial's mean, which is as near as one value is to
-// the mean in MomentsOf.
+// without a division a partial. a is the first partial's mean: its distance, too, is bounded by the
+// deviation.
 template <typename C>
 struct FinishMoments : AddPartials {
   double values, eps;
   C *mean, *rstd;
 
   template <typename Sums>
-  __device__ static void add(Sums& own, const Partial<C>& partial, const Partial<C>& pivot) {
+  __device__ static void add(Sums& own, const Partial<C>& partial, const Partial<C>& first) {
     const double count = static_cast<double>(partial.count);
-    const double away = static_cast<double>(partial.first) - static_cast<double>(pivot.first);
-    own.first[0] += count * away;
-    own.second[0] += static_cast<double>(partial.second) + count * away * away;
+    const double away = (static_cast<double>(partial.sum[0]) - static_cast<double>(first.sum[0])) +
+                        (static_cast<double>(partial.sum[1]) - static_cast<double>(first.sum[1]));
+    own.sum[0][0] += count * away;
+    own.sum[1][0] += static_cast<double>(partial.sum[2]) + count * away * away;
   }
 
   template <typename Sums>
-  __device__ void store(unsigned channel, const Sums& own, const Partial<C>& pivot) const {
-    const double away = own.first[0] / values;
-    const double variance = own.second[0] / values - away * away;
-    mean[channel] = static_cast<C>(static_cast<double>(pivot.first) + away);
+  __device__ void store(unsigned channel, const Sums& own, const Partial<C>& first) const {
+    const double away = own.sum[0][0] / values;
+    const double variance = own.sum[1][0] / values - away * away;
+    mean[channel] = static_cast<C>(static_cast<double>(first.sum[0]) +
+                                   (static_cast<double>(first.sum[1]) + away));
     rstd[channel] = static_cast<C>(1.0 / sqrt(variance + eps));
   }
 };
@@ -387,17 +438,17 @@ struct FinishGradients : AddPartials {
 
   template <typename Sums>
   __device__ static void add(Sums& own, const Partial<C>& partial, const Partial<C>&) {
-    own.first[0] += static_cast<double>(partial.first);
-    own.second[0] += static_cast<double>(partial.second);
+    own.sum[0][0] += static_cast<double>(partial.sum[0]);
+    own.sum[1][0] += static_cast<double>(partial.sum[1]);
   }
 
   template <typename Sums>
   __device__ void store(unsigned channel, const Sums& own, const Partial<C>&) const {
     const double rstd = static_cast<double>(rstd_of[channel]);
-    const double weight = own.second[0] * rstd;
-    grad_bias[channel] = static_cast<C>(own.first[0]);
+    const double weight = own.sum[1][0] * rstd;
+    grad_bias[channel] = static_cast<C>(own.sum[0][0]);
     grad_weight[channel] = static_cast<C>(weight);
-    along[channel] = static_cast<C>(own.first[0] / values);
+    along[channel] = static_cast<C>(own.sum[0][0] / values);
     across[channel] = static_cast<C>(weight * rstd / values);
   }
 };

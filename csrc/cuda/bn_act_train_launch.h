@@ -49,11 +49,11 @@ void reduce_channels(Device& device, const ChannelShape& shape, const Reduce& re
         column_grid(shape.numel(), shape.channels, LANES, Reduce::template kRowsAtOnce<LANES>,
                     device.template resident<kKernel>());
     allocate(grid.partials());
-    device.template launch<kKernel>(dimensions(grid.tiles, grid.splits), dimensions(grid.threads()),
-                                    combine_bytes(grid.threads(), LANES, sizeof(C), sizeof(Index)),
-                                    reduce, partials, static_cast<Index>(shape.numel() / LANES),
-                                    static_cast<Index>(grid.columns), channels, vector_parameters,
-                                    static_cast<unsigned>(grid.rows));
+    device.template launch<kKernel>(
+        dimensions(grid.tiles, grid.splits), dimensions(grid.threads()),
+        combine_bytes(grid.threads(), Reduce::kSums * LANES * sizeof(C), sizeof(Index)), reduce,
+        partials, static_cast<Index>(shape.numel() / LANES), static_cast<Index>(grid.columns),
+        channels, vector_parameters, static_cast<unsigned>(grid.rows));
   } else {
     constexpr auto kKernel = planes_sums_kernel<T, LANES, Index, Reduce>;
     const PlaneGrid grid =
@@ -62,14 +62,14 @@ void reduce_channels(Device& device, const ChannelShape& shape, const Reduce& re
     allocate(grid.splits);
     device.template launch<kKernel>(
         dimensions(shape.channels * grid.splits), dimensions(grid.threads),
-        combine_bytes(grid.threads, 1, sizeof(C), sizeof(Index)), reduce, partials,
+        combine_bytes(grid.threads, Reduce::kSums * sizeof(C), sizeof(Index)), reduce, partials,
         static_cast<Index>(shape.batch), channels, static_cast<Index>(shape.plane),
         static_cast<Index>(grid.vectors));
   }
   const int64_t threads = kWarp * finish_rows(count);
   device.template launch<finish_kernel<C, Finish>>(
       dimensions(divide_up(shape.channels, kWarp)), dimensions(threads),
-      combine_bytes(threads, 1, sizeof(double), sizeof(unsigned)), finish, partials,
+      combine_bytes(threads, 2 * sizeof(double), sizeof(unsigned)), finish, partials,
       static_cast<unsigned>(count), static_cast<unsigned>(shape.channels));
 }
 
@@ -94,6 +94,13 @@ void map_channels(Device& device, const ChannelShape& shape, const Map& map,
   }
 }
 
+// norm_act: the pass behind the statistics.
+template <typename T, int LANES, typename Index, typename Device>
+void run_norm_act(Device& device, const ChannelShape& shape, const Normalisation<T>& of, T* y) {
+  const bool vector = shape.has_vector_parameters(LANES, of.mean, of.rstd, of.weight, of.bias);
+  map_channels<T, LANES, Index>(device, shape, Normalise<T>{of, y}, vector);
+}
+
 template <typename T>
 struct ForwardOutputs {
   T* y;
@@ -109,8 +116,7 @@ void run_bn_act_train(Device& device, const ChannelShape& shape, Normalisation<T
   reduce_channels<T, LANES, Index>(device, shape, MomentsOf<T>{of.x}, finish, false);
   of.mean = out.mean;
   of.rstd = out.rstd;
-  const bool vector = shape.has_vector_parameters(LANES, of.mean, of.rstd, of.weight, of.bias);
-  map_channels<T, LANES, Index>(device, shape, Normalise<T>{of, out.y}, vector);
+  run_norm_act<T, LANES, Index>(device, shape, of, out.y);
 }
 
 template <typename T>

@@ -29,7 +29,8 @@ struct ColumnGrid {
   int64_t partials() const { return splits * copies; }  // of each channel
 };
 
-// `unroll` vectors are loaded at a time; a block that would not fill one such step is not started.
+// `unroll` vectors are loaded at a time. A block takes two such steps at least: a partial of 16
+// bytes is written and read for each channel of a block.
 inline ColumnGrid column_grid(int64_t numel, int64_t channels, int64_t lanes, int64_t unroll,
                               int64_t resident) {
   ColumnGrid g{};
@@ -39,7 +40,7 @@ inline ColumnGrid column_grid(int64_t numel, int64_t channels, int64_t lanes, in
   g.tile = divide_up(g.columns, g.tiles);
   g.rows = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(kThreads / g.tile)));
   const int64_t depth = divide_up(numel / lanes, g.columns);
-  const int64_t needed = divide_up(depth, g.rows * unroll);
+  const int64_t needed = divide_up(depth, 2 * g.rows * unroll);
   g.splits = std::clamp<int64_t>(resident / g.tiles, 1, needed);
   return g;
 }
@@ -73,9 +74,9 @@ inline int64_t finish_rows(int64_t partials) {
       std::bit_floor(static_cast<uint64_t>(std::min<int64_t>(partials, 32))));
 }
 
-// Shared memory of combine_rows: two sums of each of `lanes` channels a thread, and a count.
-inline size_t combine_bytes(int64_t threads, int64_t lanes, size_t sum, size_t index) {
-  return static_cast<size_t>(threads) * (2 * static_cast<size_t>(lanes) * sum + index);
+// Shared memory of combine_rows: the sums of a thread, and its count.
+inline size_t combine_bytes(int64_t threads, size_t sums, size_t count) {
+  return static_cast<size_t>(threads) * (sums + count);
 }
 
 }  // namespace resnet_fast

@@ -39,18 +39,28 @@ __device__ inline void load_channels(C (&to)[K], const C* __restrict__ from, C m
   }
 }
 
-// What a thread has gathered of K channels, from `count` values of each.
-template <typename C, int K, typename Index>
+// What a thread has gathered of K channels, from `count` values of each: SUMS numbers.
+template <typename C, int SUMS, int K, typename Index>
 struct Gathered {
-  C first[K], second[K];
+  C sum[SUMS][K];
   Index count;
 };
 
-// What a block has gathered of one channel.
+// What a block has gathered of one channel. A count beyond 2^24 is rounded in fp32, by as little as
+// a sum of so many values.
 template <typename C>
 struct alignas(16) Partial {
-  C first, second;
-  int64_t count;
+  C sum[3];
+  C count;
+
+  template <int SUMS, int K, typename Index>
+  __device__ static Partial of(const Gathered<C, SUMS, K, Index>& gathered, int k) {
+    Partial partial{};
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) partial.sum[i] = gathered.sum[i][k];
+    partial.count = static_cast<C>(gathered.count);
+    return partial;
+  }
 };
 
 // Joins what the `rows` threads of a column have gathered, in a fixed order; the result is that of
@@ -63,30 +73,23 @@ struct alignas(16) Partial {
 //         0<----2  ...
 //
 // A round writes where the round before was not read, so one barrier a round is enough.
-template <typename Reduce, typename C, int K, typename Index>
-__device__ inline void combine_rows(Gathered<C, K, Index>& own, unsigned row, unsigned rows) {
+template <typename Reduce, typename C, int SUMS, int K, typename Index>
+__device__ inline void combine_rows(Gathered<C, SUMS, K, Index>& own, unsigned row, unsigned rows) {
   const unsigned threads = blockDim.x, thread = threadIdx.x, tile = threads / rows;
-  C* const first = reinterpret_cast<C*>(shared_memory());
-  C* const second = first + K * threads;
-  Index* const count = reinterpret_cast<Index*>(second + K * threads);
+  C* const sums = reinterpret_cast<C*>(shared_memory());
+  Index* const count = reinterpret_cast<Index*>(sums + SUMS * K * threads);
   for (unsigned half = rows / 2; half > 0; half /= 2) {
     if (row >= half && row < 2 * half) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        first[k * threads + thread] = own.first[k];
-        second[k * threads + thread] = own.second[k];
-      }
+      for (int i = 0; i < SUMS * K; ++i) sums[i * threads + thread] = own.sum[i / K][i % K];
       count[thread] = own.count;
     }
     sync_block();
     if (row < half) {
       const unsigned from = thread + half * tile;
-      Gathered<C, K, Index> other;
+      Gathered<C, SUMS, K, Index> other;
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        other.first[k] = first[k * threads + from];
-        other.second[k] = second[k * threads + from];
-      }
+      for (int i = 0; i < SUMS * K; ++i) other.sum[i / K][i % K] = sums[i * threads + from];
       other.count = count[from];
       Reduce::combine(own, other);
     }
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Index, Reduce::kRowBloc
   const unsigned tile = blockDim.x / rows;
   const unsigned row = threadIdx.x / tile;
   const Index column = static_cast<Index>(blockIdx.x) * tile + threadIdx.x % tile;
-  Gathered<C, LANES, Index> own{};
+  Gathered<C, Reduce::kSums, LANES, Index> own{};
   if (column < columns) {
     const auto parameters = reduce.template channels<LANES>(
         static_cast<Index>(column * LANES % channels), channels, vector_parameters);
@@ -140,13 +143,13 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Index, Reduce::kRowBloc
       reduce.add_rows(own, parameters, in, filled);
     }
   }
+  Reduce::close(own);
   combine_rows<Reduce>(own, row, rows);
   if (row == 0 && column < columns) {
     const size_t line = static_cast<size_t>(columns) * LANES * blockIdx.y;
 #pragma unroll
     for (int j = 0; j < LANES; ++j) {
-      partials[line + column * LANES + j] = {own.first[j], own.second[j],
-                                             static_cast<int64_t>(own.count)};
+      partials[line + column * LANES + j] = Partial<C>::of(own, j);
     }
   }
 }
@@ -174,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Index, Reduce::kPlaneBl
   const Index step = gridDim.x / channels * blockDim.x;
   const Index image_step = step / plane_vectors, vector_step = step % plane_vectors;
   const auto parameters = reduce.template channels<1>(channel, channels, false);
-  Gathered<C, 1, Index> own{};
+  Gathered<C, Reduce::kSums, 1, Index> own{};
 
   Index vector = static_cast<Index>(split) * blockDim.x + threadIdx.x;
   Index image = vector / plane_vectors;
@@ -205,10 +208,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Index, Reduce::kPlaneBl
     }
     reduce.add_lanes(own, parameters, in, begin, end);
   }
+  Reduce::close(own);
   combine_rows<Reduce>(own, threadIdx.x, blockDim.x);
   if (threadIdx.x == 0) {
-    partials[static_cast<size_t>(split) * channels + channel] = {own.first[0], own.second[0],
-                                                                 static_cast<int64_t>(own.count)};
+    partials[static_cast<size_t>(split) * channels + channel] = Partial<C>::of(own, 0);
   }
 }
 
@@ -221,17 +224,17 @@ __global__ void __launch_bounds__(1024)
                   unsigned channels) {
   const unsigned row = threadIdx.x / kWarp, rows = blockDim.x / kWarp;
   const unsigned channel = blockIdx.x * kWarp + threadIdx.x % kWarp;
-  Gathered<double, 1, unsigned> own{};
-  Partial<C> pivot{};
+  Gathered<double, 2, 1, unsigned> own{};
+  Partial<C> first{};
   if (channel < channels) {
-    pivot = partials[channel];
+    first = partials[channel];
 #pragma unroll 4
     for (unsigned p = row; p < count; p += rows) {
-      Finish::add(own, partials[static_cast<size_t>(p) * channels + channel], pivot);
+      Finish::add(own, partials[static_cast<size_t>(p) * channels + channel], first);
     }
   }
   combine_rows<Finish>(own, row, rows);
-  if (row == 0 && channel < channels) finish.store(channel, own, pivot);
+  if (row == 0 && channel < channels) finish.store(channel, own, first);
 }
 
 // A pass over channels-last memory. As in bn_act_channels_last_kernel a thread meets the same LANES

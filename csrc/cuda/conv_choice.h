@@ -91,6 +91,13 @@ inline int choose_stats_tile(int element_bytes, const ConvShape& s, int copy) {
   return tile == kNarrowTile ? kTallTile : tile;
 }
 
+// What conv_stats runs over aligned tensors: "128x64x3/16", the tile and the bytes of a copy.
+inline std::string conv_stats_variant(int element_bytes, const ConvShape& s) {
+  const int copy = conv_copy_bytes(element_bytes, s);
+  return std::string(kConvTiles[choose_stats_tile(element_bytes, s, copy)].name) + "/" +
+         std::to_string(copy);
+}
+
 // Parts of k: 1, or the power of two that fills the device where the tiles alone are few.
 inline int choose_conv_parts(int element_bytes, const ConvShape& s, int tile) {
   const int64_t blocks = conv_blocks(tile, s), stages = conv_stages(element_bytes, s);

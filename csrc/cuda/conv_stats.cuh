@@ -301,8 +301,8 @@ inline constexpr unsigned kFolded = 64;
 struct AddMoments {
   template <typename Sums>
   __device__ static void combine(Sums& own, const Sums& other) {
-    own.first[0] += other.first[0];
-    own.second[0] += other.second[0];
+    own.sum[0][0] += other.sum[0][0];
+    own.sum[1][0] += other.sum[1][0];
     own.count += other.count;
   }
 };
@@ -316,15 +316,15 @@ __global__ void __launch_bounds__(kThreads)
   const unsigned channel = blockIdx.x * kWarp + threadIdx.x % kWarp;
   const unsigned begin = blockIdx.y * kFolded;
   const unsigned end = begin + kFolded < count ? begin + kFolded : count;
-  Gathered<double, 1, int64_t> own{};
+  Gathered<double, 2, 1, int64_t> own{};
   double pivot = 0;
   if (channel < channels) {
     pivot = static_cast<double>(moments[static_cast<size_t>(begin) * channels + channel].pivot);
     for (unsigned i = begin + row; i < end; i += rows) {
       const conv::Moments one = moments[static_cast<size_t>(i) * channels + channel];
       const double away = static_cast<double>(one.pivot) - pivot, n = one.count;
-      own.first[0] += n * away + static_cast<double>(one.sum);
-      own.second[0] +=
+      own.sum[0][0] += n * away + static_cast<double>(one.sum);
+      own.sum[1][0] +=
           (n * away + 2.0 * static_cast<double>(one.sum)) * away + static_cast<double>(one.squares);
       own.count += one.count;
     }
@@ -332,16 +332,16 @@ __global__ void __launch_bounds__(kThreads)
   combine_rows<AddMoments>(own, row, rows);
   if (row != 0 || channel >= channels) return;
   if constexpr (LAST) {
-    const double n = static_cast<double>(own.count), away = own.first[0] / n;
+    const double n = static_cast<double>(own.count), away = own.sum[0][0] / n;
     mean[channel] = static_cast<float>(pivot + away);
-    rstd[channel] = static_cast<float>(1.0 / sqrt(own.second[0] / n - away * away + eps));
+    rstd[channel] = static_cast<float>(1.0 / sqrt(own.sum[1][0] / n - away * away + eps));
   } else {
     const double n = static_cast<double>(own.count);
-    const float near = static_cast<float>(pivot + own.first[0] / n);
-    const double away = static_cast<double>(near) - pivot, left = own.first[0] - n * away;
+    const float near = static_cast<float>(pivot + own.sum[0][0] / n);
+    const double away = static_cast<double>(near) - pivot, left = own.sum[0][0] - n * away;
     to[static_cast<size_t>(blockIdx.y) * channels + channel] = {
         near, static_cast<float>(left),
-        static_cast<float>(own.second[0] - away * (n * away + 2.0 * left)),
+        static_cast<float>(own.sum[1][0] - away * (n * away + 2.0 * left)),
         static_cast<int>(own.count)};
   }
 }

@@ -70,7 +70,7 @@ bool run_conv_stats(Device& device, const ConvShape& s, const T* x, const T* wei
   });
   if (!known) return false;
   const int64_t columns = divide_up(s.filters, kWarp);
-  const size_t shared = combine_bytes(kThreads, 1, sizeof(double), sizeof(int64_t));
+  const size_t shared = combine_bytes(kThreads, 2 * sizeof(double), sizeof(int64_t));
   const auto fold = [&]<bool LAST>(int64_t rows, conv::Moments* to) {
     device.template launch<fold_moments_kernel<LAST>>(
         dimensions(columns, rows), dimensions(kThreads), shared,

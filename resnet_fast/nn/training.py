@@ -34,6 +34,7 @@ from resnet_fast.plan.training import (
     run_fused,
     run_layers,
     step,
+    variant_of,
     verify_training,
 )
 
@@ -173,17 +174,13 @@ def has_kernels(x: Tensor, place: TrainBlock) -> bool:
 
 def _decide(x: Tensor, place: TrainBlock) -> Choice:
     """Verified and measured, forward and backward, on these tensors."""
+    key, verify = key_of(x, place, device_name(x.device)), {NAME: lambda: verify_training(x, place)}
     if x.is_meta:
-        return choose(key_of(x, place, device_name(x.device)), NAME, x.device, _never, {})
+        return choose(key, x.device, verify, {})
     with torch.no_grad():
         grad = torch.randn_like(run_layers(x, place))
     runs = {
         name: functools.partial(step, run, x, place, grad)
         for name, run in ((NAME, run_fused), (LAYERS, run_layers))
     }
-    key = key_of(x, place, device_name(x.device))
-    return choose(key, NAME, x.device, lambda: verify_training(x, place), runs)
-
-
-def _never() -> Any:
-    raise AssertionError("nothing is compared on the meta device")
+    return choose(key, x.device, verify, runs, variant=variant_of(x, place, x.shape[0]))

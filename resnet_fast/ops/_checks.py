@@ -33,6 +33,12 @@ def lacks_cuda(op: str) -> bool:
     return has_op(op) and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 
 
+def why_no_kernel() -> str:
+    """Why the CUDA library gives an op no kernel, for :func:`refuse_cuda`."""
+    native = _library.status()["cuda"]
+    return "the CUDA library has none" if native.loaded else f"its library: {native.reason}"
+
+
 def refuse_cuda(op: str, reason: str) -> None:
     """Let ``resnet_fast::op`` raise ``LibraryError`` on CUDA tensors if nothing else runs there."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.library import triton_op, wrap_triton
 
-from resnet_fast import _library, kernels  # type: ignore[attr-defined]  # it lies in kernels/
+from resnet_fast import kernels  # type: ignore[attr-defined]  # it lies in kernels/
 from resnet_fast.errors import DTypeError, LibraryError
 from resnet_fast.ops import _checks
 
@@ -90,9 +90,7 @@ def implement(op: str, module: str, launch: str, instead: str) -> None:
     Without Triton the op raises ``LibraryError``, for fp64 ``DTypeError``; both name ``instead``.
     """
     if not AVAILABLE:
-        native = _library.status()["cuda"]
-        library = "the CUDA library has none" if native.loaded else f"its library: {native.reason}"
-        _checks.refuse_cuda(op, f"{library}; Triton: {REASON}. Use {instead}")
+        _checks.refuse_cuda(op, f"{_checks.why_no_kernel()}; Triton: {REASON}. Use {instead}")
     if not _checks.lacks_cuda(op):
         return
     launcher = getattr(room(module), launch)

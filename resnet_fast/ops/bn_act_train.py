@@ -71,8 +71,8 @@ def bn_act_train(
     Raises:
         ArgumentError: a rank, size, value or device that does not fit; it names the argument.
         DTypeError: an unsupported dtype, or dtypes that do not go together.
-        LibraryError: the native library is not loaded, or ``x`` is on a CUDA device, for which
-            there is no kernel; ``torch.nn.functional.batch_norm`` runs there.
+        LibraryError: the native library is not loaded, or ``x`` is on a CUDA device and the CUDA
+            library is not.
     """
     check(x, weight, bias, residual, eps, act)
     if not _REGISTERED:
@@ -175,22 +175,37 @@ def _fake_backward(
     _checks.per_channel("mean", mean, x.shape[1], x)
     _checks.per_channel("rstd", rstd, x.shape[1], x)
     grad_x = _checks.empty_output(x, x.shape)
-    grad_z = _checks.empty_output(x, x.shape)
+    # The residual's gradient; nothing is written for one that is not there.
+    grad_z = x.new_empty([0]) if residual is None else _checks.empty_output(x, x.shape)
     return grad_x, _statistic(x), _statistic(x), grad_z
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, eps, act = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    # Theirs would be filled with zeros, in a kernel each.
-    ctx.set_materialize_grads(False)
+def keep_for_backward(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    act: str,
+) -> None:
+    """Keep what :func:`gradients` needs."""
     # The residual and the bias enter the derivative through the activation alone.
     linear = act == "none"
     ctx.save_for_backward(
         x, weight, None if linear else bias, None if linear else residual, mean, rstd
     )
     ctx.eps, ctx.act = eps, act
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    # Theirs would be filled with zeros, in a kernel each.
+    ctx.set_materialize_grads(False)
+    keep_for_backward(ctx, *inputs[:4], mean, rstd, *inputs[4:])
 
 
 def _differentiable_backward(
@@ -223,19 +238,24 @@ def _differentiable_backward(
     )
 
 
+def gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x, weight, bias and residual, by what :func:`keep_for_backward` has kept."""
+    if torch.is_grad_enabled():  # create_graph: the backward op has no derivative of its own
+        x, weight, bias, residual = ctx.saved_tensors[:4]
+        return _differentiable_backward(grad_y, x, weight, bias, residual, ctx.eps, ctx.act)
+    grad_x, grad_weight, grad_bias, grad_z = (
+        torch.ops.resnet_fast._bn_act_train_backward.default(grad_y, *ctx.saved_tensors, ctx.act)
+    )
+    # Without an activation the residual is not kept, and its gradient is the one that arrives.
+    return grad_x, grad_weight, grad_bias, grad_y if ctx.act == "none" else grad_z
+
+
 def _backward(
     ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_rstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 6
-    if torch.is_grad_enabled():  # create_graph: the backward op has no derivative of its own
-        x, weight, bias, residual = ctx.saved_tensors[:4]
-        grads = _differentiable_backward(grad_y, x, weight, bias, residual, ctx.eps, ctx.act)
-    else:
-        grads = torch.ops.resnet_fast._bn_act_train_backward.default(
-            grad_y, *ctx.saved_tensors, ctx.act
-        )
-    needed = zip(grads, ctx.needs_input_grad[:4], strict=True)
+    needed = zip(gradients(ctx, grad_y), ctx.needs_input_grad[:4], strict=True)
     return *(grad if need else None for grad, need in needed), None, None
 
 
@@ -247,4 +267,6 @@ if _REGISTERED:
         "resnet_fast::bn_act_train", _backward, setup_context=_setup_context
     )
     for _op in ("bn_act_train", "_bn_act_train_backward"):
-        _checks.refuse_cuda(_op, "use torch.nn.functional.batch_norm, as resnet_fast.nn does there")
+        _checks.refuse_cuda(
+            _op, f"{_checks.why_no_kernel()}. Use torch.nn.functional.batch_norm"
+        )

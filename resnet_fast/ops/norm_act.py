@@ -9,8 +9,8 @@ from torch import Tensor
 
 from resnet_fast.errors import ArgumentError
 from resnet_fast.ops import _checks, _work, activation
-from resnet_fast.ops.bn_act_train import _differentiable_backward
 from resnet_fast.ops.bn_act_train import check as _check_training
+from resnet_fast.ops.bn_act_train import gradients, keep_for_backward
 
 
 def check(
@@ -140,23 +140,11 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, rstd, weight, bias, residual, eps, act = inputs
-    # The residual and the bias enter the derivative through the activation alone.
-    linear = act == "none"
-    ctx.save_for_backward(
-        x, weight, None if linear else bias, None if linear else residual, mean, rstd
-    )
-    ctx.eps, ctx.act = eps, act
+    keep_for_backward(ctx, x, weight, bias, residual, mean, rstd, eps, act)
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph: the backward op has no derivative of its own
-        x, weight, bias, residual = ctx.saved_tensors[:4]
-        grads = _differentiable_backward(grad_y, x, weight, bias, residual, ctx.eps, ctx.act)
-    else:
-        grads = torch.ops.resnet_fast._bn_act_train_backward.default(
-            grad_y, *ctx.saved_tensors, ctx.act
-        )
-    grad_x, grad_weight, grad_bias, grad_residual = grads
+    grad_x, grad_weight, grad_bias, grad_residual = gradients(ctx, grad_y)
     need = ctx.needs_input_grad
     return (
         grad_x if need[0] else None,

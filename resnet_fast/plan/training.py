@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fast import ops
+from resnet_fast import _library, ops
 from resnet_fast.ops import activation
 from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 
@@ -153,8 +153,37 @@ def key_of(x: Tensor, block: TrainBlock, device: str) -> str:
     return f"{NAME}|{size}|{'|'.join(shapes)}{form}|{block.act}|{dtype}|{device}"
 
 
+def variant_of(x: Tensor, block: TrainBlock, batch: int) -> str:
+    """The kernels that the block's convolutions take at ``batch`` images like those of ``x``."""
+    native = _library.native()
+    if native is None:
+        return ""
+    size, found = list(x.shape[2:]), []
+
+    def outputs(size: list[int], conv: TrainConv) -> list[int]:
+        taps = conv.weight.shape[2:]
+        places = zip(size, taps, conv.stride, conv.padding, conv.dilation, strict=True)
+        return [(n + 2 * p - d * (r - 1) - 1) // s + 1 for n, r, s, p, d in places]
+
+    for conv in (*block.convs, *(() if block.down is None else (block.down,))):
+        size = outputs(list(x.shape[2:]) if conv is block.down else size, conv)
+        question = (x.element_size(), batch * math.prod(size), list(conv.weight.shape), conv.groups)
+        found.append(native.conv_stats_variant(*question))
+    return "|".join(found)
+
+
+def _images(x: Tensor, block: TrainBlock) -> int:
+    """The images to verify with: few, on which the same kernels run as on those of ``x``."""
+    wanted, batch = variant_of(x, block, x.shape[0]), 2
+    while batch < x.shape[0] and variant_of(x, block, batch) != wanted:
+        batch *= 2
+    return max(2, min(batch, x.shape[0]))
+
+
 def verify_training(x: Tensor, block: TrainBlock) -> Verdict:
-    """Compare output and gradients with fp64, on random numbers of these shapes at two images.
+    """Compare output and gradients with fp64, on random numbers of these shapes.
+
+    With as many images as make the convolutions take the kernels that run on ``x``.
 
     With SiLU for the activation, and the output with the block's own as well: a gradient that a
     rounding sends to the other side of a kink says nothing of the kernels. A block that raises is a
@@ -192,7 +221,8 @@ def _draw(x: Tensor, block: TrainBlock) -> tuple[Tensor, TrainBlock]:
         values = torch.randn(t.shape, generator=generator) * deviation
         return values.to(t.device, t.dtype)
 
-    images = torch.randn((2, *x.shape[1:]), generator=generator).to(x.device, x.dtype)
+    images = torch.randn((_images(x, block), *x.shape[1:]), generator=generator)
+    images = images.to(x.device, x.dtype)
     layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     drawn = [like(p, math.prod(p.shape[1:]) ** -0.5) for p in block.parameters]
     return images.contiguous(memory_format=layout), block.with_parameters(drawn)

@@ -1,4 +1,5 @@
 // bn_act_train; with a grad_y its backward.
+#include "device.h"
 #include "elementwise.h"
 
 #include "../../csrc/cuda/bn_act_train_launch.h"
@@ -7,25 +8,10 @@ namespace {
 
 using namespace resnet_fast;
 
-// Launches run at once; every workspace is guarded, and NaN before the kernels fill it.
-struct Host {
-  cuda_on_host::Case& it;
-
-  template <auto KERNEL>
-  int64_t resident() const {
-    return it.integer("resident");
-  }
-  template <auto KERNEL, typename... Args>
-  void launch(dim3 grid, dim3 block, size_t shared_bytes, Args... args) const {
-    cuda_on_host::launch(grid, block, shared_bytes, KERNEL, args...);
-  }
-  void* workspace(int64_t bytes) { return it.scratch<unsigned char>("workspace", bytes); }
-};
-
 template <typename T, int LANES, typename Index>
 void run(cuda_on_host::Case& it, const ChannelShape& shape) {
   using C = Accumulator<T>;
-  Host device{it};
+  cuda_on_host::Device device{it};
   const Act act = static_cast<Act>(it.integer("act"));
   const T* grad_y = it.input<T>("grad_y");
   const Normalisation<T> of{it.input<T>("x"),
