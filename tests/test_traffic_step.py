@@ -310,9 +310,10 @@ def test_the_forward_saves_and_the_backward_does_not() -> None:
 
 
 @needs_triton
-def test_statistics_take_no_gradient_that_is_filled() -> None:
-    found = steps(counted())["default"]
-    assert "aten::zeros" not in ops_of(found.backward)
+def test_nothing_is_filled_or_cast_for_the_ops_of_a_block() -> None:
+    """No gradients for statistics, and norms in fp32, as the ops take them."""
+    found = steps(counted("resnet18"))["default"]
+    assert not {"aten::zeros", "aten::_to_copy"} & ops_of(found.launches)
 
 
 @needs_triton
@@ -345,6 +346,11 @@ def test_paths_and_stages(name: str) -> None:
     for stage in ("layer1", "layer4"):
         for launches in stages[stage].values():
             assert all(launch.path.startswith(stage) for launch in launches)
+    # What is before the first block and behind the last, both ways.
+    assert {"conv1", "bn1", "maxpool"} <= {one.path for one in stages["stem"]["forward"]}
+    assert {one.path for one in stages["stem"]["backward"]} <= {"conv1", "bn1", "relu", "maxpool"}
+    assert "aten::nll_loss_forward" in ops_of(stages["head"]["forward"])
+    assert "aten::nll_loss_backward" in ops_of(stages["head"]["backward"])
     # A projection shortcut has a third convolution, in each stage but the first.
     convolutions = [f"layer2.{block}.conv{n}" for block in (0, 1) for n in (1, 2)]
     for launches in stages["layer2"].values():
