@@ -169,10 +169,10 @@ def test_a_bottleneck_by_conv_stats(stride: int) -> None:
     products += project * (y + WD + x + 2 * y + WD)
     # What conv2 and conv3 multiplied, computed again.
     again = 2 * (a + b) + 4 * 4 * 2 * NARROW
-    # Two passes read grad and the convolution's output, the last one's the residual too; grad_x and
-    # grad_z are written. Four vectors twice; four sums written and two of them read. No activation
-    # follows the projection, so that its beta is not read.
-    norms = 6 * (a + b + project * y) + 8 * y + 4 * channels * (4 + 4 + 4 + 2)
+    # Two passes read grad and the convolution's output, the last one's the residual too; grad_x is
+    # written, with grad_z for the residual. Four vectors twice; four sums are written and two of
+    # them read. No activation follows the projection, so that its beta is not read.
+    norms = 5 * (a + b + project * y) + 8 * y + 4 * channels * (4 + 4 + 4 + 2)
     norms -= project * 2 * 4 * WIDE
     assert moved(backward) == products + again + norms + 3 * x
     assert sum(launch.launches for launch in backward) == 5 * count + 2 + 1
@@ -214,6 +214,9 @@ def test_ops_say_their_own_training_work() -> None:
     assert total.written == 2 * size + 4 * vectors
     _, linear = work("_bn_act_train_backward", *arguments, "none")
     assert total.read - linear.read == 2 * size
+    arguments = (x, x, vector, vector, None, vector, vector)
+    _, alone = work("_bn_act_train_backward", *arguments, "relu")
+    assert (total.read - alone.read, total.written - alone.written) == (2 * size, size)
     for name in ("_add_act_backward", "_add_act_backward_triton"):
         assert work(name, x, x, x, "relu") == (1, (3 * size, size, 0, 0))
 
@@ -297,15 +300,15 @@ def test_blocks_that_the_kernels_do_not_take_are_counted_layer_by_layer() -> Non
 
 
 @needs_triton
-def test_the_forward_saves_and_the_backward_does_not() -> None:
+def test_the_forward_saves_and_the_backward_hardly_does() -> None:
     """What docs/traffic.md says of ResNet-50 in fp16 at 128 images."""
     told = counted()
     ours, eager = (told.figures(steps(told)[name]) for name in ("default", "eager"))
     assert ours["forward"]["mb_per_image"] < 0.55 * eager["forward"]["mb_per_image"]
-    assert ours["backward"]["mb_per_image"] == pytest.approx(
-        eager["backward"]["mb_per_image"], rel=0.02
-    )
-    assert ours["mb_again_per_image"] > 10 and eager["mb_again_per_image"] == 0
+    saved = eager["backward"]["mb_per_image"] - ours["backward"]["mb_per_image"]
+    again = ours["mb_again_per_image"]
+    assert 0 < saved < again and saved + again == pytest.approx(20, abs=0.5)
+    assert eager["mb_again_per_image"] == 0
     assert ours["mb_kept_per_image"] < eager["mb_kept_per_image"]
 
 

@@ -132,7 +132,7 @@ def work_backward(
     """The same for the backward: one pass for the sums, a small kernel, one for the gradients.
 
     Both passes read the gradient, x and the residual, which the activation's slope depends on.
-    ``grad_z`` is written whether there is a residual or not.
+    ``grad_z`` is written where there is a residual.
     """
     parameters = _work.nbytes(mean, rstd, weight, bias)
     seen = _work.nbytes(grad_y, x, None if act == "none" else residual) + parameters
@@ -140,7 +140,7 @@ def work_backward(
     return [
         _work.Work(seen, 0, 0, parameters),
         _work.Work(0, 2 * sums),
-        _work.Work(seen + sums, 2 * _work.nbytes(x), 0, parameters),
+        _work.Work(seen + sums, _work.nbytes(x, residual), 0, parameters),
     ]
 
 
