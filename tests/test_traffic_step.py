@@ -169,10 +169,10 @@ def test_a_bottleneck_by_conv_stats(stride: int) -> None:
     products += project * (y + WD + x + 2 * y + WD)
     # What conv2 and conv3 multiplied, computed again.
     again = 2 * (a + b) + 4 * 4 * 2 * NARROW
-    # Two passes read grad and the convolution's output, the last one's the residual too; grad_x and
-    # grad_z are written. Four vectors twice; four sums written and two of them read. No activation
-    # follows the projection, so that its beta is not read.
-    norms = 6 * (a + b + project * y) + 8 * y + 4 * channels * (4 + 4 + 4 + 2)
+    # Two passes read grad and the convolution's output, the last one's the residual too; grad_x is
+    # written, with grad_z for the residual. Four vectors twice; four sums are written and two of
+    # them read. No activation follows the projection, so that its beta is not read.
+    norms = 5 * (a + b + project * y) + 8 * y + 4 * channels * (4 + 4 + 4 + 2)
     norms -= project * 2 * 4 * WIDE
     assert moved(backward) == products + again + norms + 3 * x
     assert sum(launch.launches for launch in backward) == 5 * count + 2 + 1
@@ -214,7 +214,8 @@ def test_ops_say_their_own_training_work() -> None:
     assert total.written == 2 * size + 4 * vectors
     _, linear = work("_bn_act_train_backward", *arguments, "none")
     assert total.read - linear.read == 2 * size
-    _, alone = work("_bn_act_train_backward", *arguments[:4], None, vector, vector, "relu")
+    arguments = (x, x, vector, vector, None, vector, vector)
+    _, alone = work("_bn_act_train_backward", *arguments, "relu")
     assert (total.read - alone.read, total.written - alone.written) == (2 * size, size)
     for name in ("_add_act_backward", "_add_act_backward_triton"):
         assert work(name, x, x, x, "relu") == (1, (3 * size, size, 0, 0))
@@ -299,22 +300,23 @@ def test_blocks_that_the_kernels_do_not_take_are_counted_layer_by_layer() -> Non
 
 
 @needs_triton
-def test_the_forward_saves_and_the_backward_does_not() -> None:
+def test_the_forward_saves_and_the_backward_hardly_does() -> None:
     """What docs/traffic.md says of ResNet-50 in fp16 at 128 images."""
     told = counted()
     ours, eager = (told.figures(steps(told)[name]) for name in ("default", "eager"))
     assert ours["forward"]["mb_per_image"] < 0.55 * eager["forward"]["mb_per_image"]
-    assert ours["backward"]["mb_per_image"] == pytest.approx(
-        eager["backward"]["mb_per_image"], rel=0.02
-    )
-    assert ours["mb_again_per_image"] > 10 and eager["mb_again_per_image"] == 0
+    saved = eager["backward"]["mb_per_image"] - ours["backward"]["mb_per_image"]
+    again = ours["mb_again_per_image"]
+    assert 0 < saved < again and saved + again == pytest.approx(20, abs=0.5)
+    assert eager["mb_again_per_image"] == 0
     assert ours["mb_kept_per_image"] < eager["mb_kept_per_image"]
 
 
 @needs_triton
-def test_statistics_take_no_gradient_that_is_filled() -> None:
-    found = steps(counted())["default"]
-    assert "aten::zeros" not in ops_of(found.backward)
+def test_nothing_is_filled_or_cast_for_the_ops_of_a_block() -> None:
+    """No gradients for statistics, and norms in fp32, as the ops take them."""
+    found = steps(counted("resnet18"))["default"]
+    assert not {"aten::zeros", "aten::_to_copy"} & ops_of(found.launches)
 
 
 @needs_triton
@@ -347,6 +349,11 @@ def test_paths_and_stages(name: str) -> None:
     for stage in ("layer1", "layer4"):
         for launches in stages[stage].values():
             assert all(launch.path.startswith(stage) for launch in launches)
+    # What is before the first block and behind the last, both ways.
+    assert {"conv1", "bn1", "maxpool"} <= {one.path for one in stages["stem"]["forward"]}
+    assert {one.path for one in stages["stem"]["backward"]} <= {"conv1", "bn1", "relu", "maxpool"}
+    assert "aten::nll_loss_forward" in ops_of(stages["head"]["forward"])
+    assert "aten::nll_loss_backward" in ops_of(stages["head"]["backward"])
     # A projection shortcut has a third convolution, in each stage but the first.
     convolutions = [f"layer2.{block}.conv{n}" for block in (0, 1) for n in (1, 2)]
     for launches in stages["layer2"].values():
