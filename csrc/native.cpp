@@ -111,7 +111,7 @@ py::list kernel_variants() {
     if (std::string(key) == "cuda_arch_list") arches = value;
   }
   if (!arches.empty()) {
-    for (const char* op : {"add_act", "bn_act"}) add(op, "vectorised", "cuda", arches);
+    for (const char* op : {"add_act", "bn_act", "max_pool"}) add(op, "vectorised", "cuda", arches);
     add("stem_pool", "tensor_cores", "cuda", arches);
   }
   return rows;
