@@ -6,9 +6,9 @@ TORCH  ?= 2.13.0
 python  := $(VENV)/bin/python
 pip     := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 sources := setup.py $(shell find csrc -type f)
-cpp     := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+cpp     := $(shell find csrc tests/cuda_on_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint wheel wheel-check asan clean
+.PHONY: demo test bench lint wheel wheel-check asan cuda-arches clean
 
 demo: $(VENV)/.built
 	$(python) -m resnet_fast demo
@@ -42,6 +42,12 @@ asan: $(VENV)/.built
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
 	  $(python) -m pytest --capture=sys tests/test_op_contract.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_sequence.py tests/test_sequence_ops.py tests/test_errors.py \
 	  -k 'not compile and not opcheck and not memory_is_kept and not lower_instruction and not without_the_library'
+
+# The CUDA sources for every architecture there is code for, warnings being errors as in any build,
+# and what nvcc made of them there. Needs nvcc 12.8 or later, but no GPU.
+cuda-arches: $(VENV)/.built
+	RESNET_FAST_CUDA=all $(python) setup.py -q build_ext --inplace
+	RESNET_FAST_CUDA=all $(python) -m pytest tests/test_cuda_resources.py tests/test_cuda_build.py
 
 clean:
 	rm -rf build dist *.egg-info resnet_fast/*.so $(VENV)/.built

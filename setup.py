@@ -4,20 +4,25 @@ resnet_fast._C_cpu   op library on the LibTorch stable ABI, always
 resnet_fast._C_cuda  the same for CUDA, where nvcc and a CUDA build of torch are found
 resnet_fast._native  pybind11 module without torch: build info, CPU features, kernel variants
 
-Environment: RESNET_FAST_CUDA=0 skips CUDA, RESNET_FAST_SANITIZE=address builds only
-resnet_fast._C_cpu_asan, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX and MAX_JOBS as for any extension.
+Environment: RESNET_FAST_CUDA=0 skips CUDA, RESNET_FAST_CUDA=all builds only resnet_fast._C_cuda_all
+for every architecture, RESNET_FAST_SANITIZE=address only resnet_fast._C_cpu_asan;
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX and MAX_JOBS as for any extension.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
@@ -28,8 +33,13 @@ os.chdir(ROOT)
 STABLE_TARGET = "0x020b000000000000"  # torch 2.11: the oldest torch that the libraries load in
 # PTX is kept for 8.0: that of 9.0a runs on 9.0 only, that of 8.0 on everything later.
 CUDA_ARCHES = "8.0+PTX;9.0a"
+ALL_CUDA_ARCHES = "8.0;8.6;8.9;9.0a;10.0;12.0"
 SANITIZE = os.environ.get("RESNET_FAST_SANITIZE", "")
-CONFIGURATION = "build/generated/configuration"
+ALL_CUDA = os.environ.get("RESNET_FAST_CUDA") == "all" and not SANITIZE
+# A build beside the ordinary one has its own objects and configuration.
+ASIDE = SANITIZE or ("all" if ALL_CUDA else "")
+VARIANTS = "build/generated/cuda_variants.h"
+CONFIGURATION = "-".join(filter(None, ("build/generated/configuration", ASIDE)))
 
 BUILD_ADVICE = """
 resnet_fast: the native build failed. It needs
@@ -100,10 +110,15 @@ def nvcc_version() -> str:
 
 
 CUDA_ABSENCE = cuda_absence()
-if CUDA_ABSENCE is None:
+if ALL_CUDA:
+    if CUDA_ABSENCE is not None:
+        sys.exit(f"resnet_fast: the CUDA library cannot be built: {CUDA_ABSENCE}")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ALL_CUDA_ARCHES
+elif CUDA_ABSENCE is None:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHES)
 
-CXX_FLAGS = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+CXX_FLAGS = ["-std=c++20", "-fvisibility=hidden", *WARNINGS]
 # No kernel reads errno or floating-point traps; both would keep loops from vectorising.
 # -Wno-psabi: vectors wider than the baseline's registers never cross a call.
 KERNEL_FLAGS = [
@@ -166,7 +181,7 @@ def cpu_library() -> Extension:
 def cuda_library() -> Extension:
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", "-DUSE_CUDA"]
     return Extension(
-        "resnet_fast._C_cuda",
+        "resnet_fast._C_cuda_all" if ALL_CUDA else "resnet_fast._C_cuda",
         sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")),
         include_dirs=[str(ROOT / "csrc")],
         depends=headers("csrc", "csrc/math", "csrc/cuda"),
@@ -176,7 +191,10 @@ def cuda_library() -> Extension:
                 "-std=c++20",
                 "-O3",
                 "-Xcompiler=-fvisibility=hidden",
-                "-Xcompiler=-Wall",
+                "-Werror=all-warnings",
+                # That a later nvcc will drop an architecture is no error of this one.
+                "-Wno-deprecated-gpu-targets",
+                f"-Xcompiler={','.join(WARNINGS)}",
                 "--expt-relaxed-constexpr",
                 *defines,
                 *system_includes(),
@@ -189,6 +207,11 @@ def cuda_library() -> Extension:
     )
 
 
+def cuda_objects(extension: Extension, folder: str) -> list[Path]:
+    cuda = (source for source in extension.sources if source.endswith(".cu"))
+    return [Path(folder, source).with_suffix(".o") for source in cuda]
+
+
 def native_module() -> Extension:
     compile_args = [*CXX_FLAGS, "-O2", "-g0", "-isystem", pybind11.get_include()]
     compile_args += ["-isystem", sysconfig.get_paths()["include"]]
@@ -196,7 +219,11 @@ def native_module() -> Extension:
         "resnet_fast._native",
         ["csrc/native.cpp"],
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "build/generated")],
-        depends=[*headers("csrc", "csrc/math", "csrc/cpu"), "build/generated/build_info.h"],
+        depends=[
+            *headers("csrc", "csrc/math", "csrc/cpu", "csrc/cuda"),
+            "build/generated/build_info.h",
+            VARIANTS,
+        ],
         extra_compile_args={"cxx": compile_args},
         language="c++",
     )
@@ -236,12 +263,68 @@ def write_build_info() -> None:
     write_if_changed("build/generated/build_info.h", text)
 
 
+def cuda_resources() -> ModuleType:
+    """kernels/cuda_resources.py by its path: the package is not there yet."""
+    name = "cuda_resources"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def op_of(stem: str) -> str:
+    """The op that a source is named for; its stem where that is none."""
+    ops = re.findall(r'"([a-z]\w*)\(', Path("csrc/ops.cpp").read_text())
+    return max((op for op in ops if f"{stem}_".startswith(f"{op}_")), key=len, default=stem)
+
+
+def write_cuda_variants(objects: Iterable[Path]) -> None:
+    """What nvcc has made of each kernel, as a header for resnet_fast._native."""
+    rows: dict[tuple[str, ...], tuple[int, ...]] = {}
+    absence = ""
+    for path in objects:
+        resources = cuda_resources()
+        try:
+            variants, _ = resources.read(path, resources.find_cuobjdump(HOME))
+        except resources.ResourceError as error:
+            absence = str(error)
+            print(f"resnet_fast: the CUDA kernels' resources are not known: {absence}")
+            rows.clear()
+            break
+        for v in variants:
+            figures = (v.registers, v.shared, v.dynamic_shared, v.local, v.threads)
+            known = [-1 if figure is None else figure for figure in (*figures, v.blocks, v.warps)]
+            rows[op_of(path.stem), path.stem, v.name, f"sm_{v.arch}"] = tuple(known)
+    lines = (
+        f"    {{{', '.join(map(json.dumps, (*names, *known)))}}},\n"
+        for names, known in sorted(rows.items())
+    )
+    text = f"""#pragma once
+
+#include <array>
+
+// Written by setup.py. A figure below zero is not known.
+struct CudaVariant {{
+  const char *op, *source, *kernel, *arch;
+  int registers, shared, dynamic_shared, local, threads, blocks, warps;
+}};
+inline constexpr const char* kCudaVariantsAbsence = {json.dumps(absence)};
+inline constexpr std::array<CudaVariant, {len(rows)}> kCudaVariants = {{{{
+{"".join(lines)}}}}};
+"""
+    write_if_changed(VARIANTS, text)
+
+
 class Build(BuildExtension):
-    """BuildExtension with advice on failure, and object files that outlive the call."""
+    """BuildExtension with advice on failure, and object files that outlive the call.
+
+    The CUDA library comes before resnet_fast._native, which lists its kernels.
+    """
 
     def run(self) -> None:
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        tag += f"-{SANITIZE}" if SANITIZE else ""
+        tag += f"-{ASIDE}" if ASIDE else ""
         # One folder of objects: a wheel links what a build in place has compiled.
         self.build_temp = str(ROOT / "build" / f"temp.{tag}")
         if self.inplace or getattr(self, "editable_mode", False):
@@ -257,6 +340,17 @@ class Build(BuildExtension):
         except Exception as error:
             sys.exit(f"{error}\n{BUILD_ADVICE}")
 
+    def build_extensions(self) -> None:
+        self.parallel = None  # the order counts; ninja compiles the files of each in parallel
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = cuda_objects(ext, self.build_temp) if ext.name == "resnet_fast._C_cuda" else []
+        self.force = not all(path.exists() for path in objects)
+        super().build_extension(ext)
+        if objects:
+            write_cuda_variants(objects)
+
 
 class BuildPython(build_py):
     """build_py into an empty folder: no wheel holds what only an earlier build put there."""
@@ -271,11 +365,17 @@ class BuildPython(build_py):
 if CUDA_ABSENCE is not None:
     print(f"resnet_fast: the CUDA library is not built: {CUDA_ABSENCE}")
 write_configuration()
-extensions = [cpu_library()]
-if not SANITIZE:
-    write_build_info()
-    extensions += [native_module()]
-    extensions += [cuda_library()] if CUDA_ABSENCE is None else []
+if ALL_CUDA:
+    extensions = [cuda_library()]
+else:
+    extensions = [cpu_library()]
+    if not SANITIZE:
+        write_build_info()
+        if CUDA_ABSENCE is None:
+            extensions += [cuda_library()]
+        else:
+            write_cuda_variants([])
+        extensions += [native_module()]
 
 setup(
     packages=[

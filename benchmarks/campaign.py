@@ -3,10 +3,10 @@
     python -m benchmarks.campaign --minutes 9 --out DIR [--dry]
 
 Builds in place, verifies and times the residual chains one by one, benches ResNet-50 in fp16, runs
-the GPU tests, then benches network by network. Each step is a subprocess with a time limit of its
-own: nothing of the package is imported here, where it may not be built yet. DIR/campaign.json is
-rewritten after each, and each bench step saves after each batch size, so that an end at any moment
-keeps what was measured. Needs no network.
+the GPU tests, times single convolutions and a training step, then benches network by network. Each
+step is a subprocess with a time limit of its own: nothing of the package is imported here, where it
+may not be built yet. DIR/campaign.json is rewritten after each, and each bench step saves after
+each batch size, so that an end at any moment keeps what was measured. Needs no network.
 ``--dry`` walks the same steps on the CPU with tiny settings.
 """
 
@@ -124,6 +124,8 @@ def watched_steps(out: Path) -> list[Step]:
             watch = (sanitizer, "--tool", tool, "--error-exitcode", "9")
             tiny = ("1", "--size", "64")
             order.append(Step(f"chains under {tool}", (*watch, *once, *tiny), 120))
+            single = (sys.executable, "-m", "benchmarks.convolutions", "--once", "--batch")
+            order.append(Step(f"convolutions under {tool}", (*watch, *single, *tiny), 120))
     return order
 
 
@@ -140,14 +142,22 @@ def steps(out: Path, dry: bool) -> list[Step]:
         order.append(Step("build", (python, "-m", "benchmarks.campaign", "--build"), 180))
     order += chain_steps(out, dry)
     rows = rows_steps(out, dry)
+    convolutions = (python, "-m", "benchmarks.convolutions", "--out")
+    training = (python, "-m", "benchmarks.training", "--out")
+    one = ("--batch", "1")
     if dry:
         return order + rows
     # The chains are verified as they are measured, and their kernels are compiled by then. The
     # contract of every kernel takes minutes of compiling: it comes behind the headline, and no
     # result is published before it is green (render_readme).
+    single = [
+        Step("convolutions", (*convolutions, str(out / "convolutions.json")), 120),
+        Step("convolutions b1", (*convolutions, str(out / "convolutions_b1.json"), *one), 90),
+        Step("training", (*training, str(out / "training.json")), 150),
+    ]
     tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", *gpu_tests())
     contract = Step("tests", tests, 240, {"RESNET_FAST_REQUIRE_GPU": "1"})
-    return [*order, *rows[:2], contract, *watched_steps(out), *rows[2:]]
+    return [*order, *rows[:2], contract, *single, *watched_steps(out), *rows[2:]]
 
 
 def rows_steps(out: Path, dry: bool) -> list[Step]:

@@ -15,6 +15,7 @@
 #include "build_info.h"
 #include "cpu/isa.h"
 #include "cuda/conv_choice.h"
+#include "cuda_variants.h"
 #include "guard.h"
 #include "math/fingerprint.h"
 
@@ -38,6 +39,8 @@ py::dict build_info() {
       info[key] = value;
     }
   }
+  info["cuda_resources_absence"] = py::none();
+  if (*kCudaVariantsAbsence != '\0') info["cuda_resources_absence"] = kCudaVariantsAbsence;
   return info;
 }
 
@@ -102,17 +105,25 @@ py::list kernel_variants() {
     row["device"] = device;
     row["isa"] = isa;
     rows.append(row);
+    return row;
   };
   for (const Row& row : cpu) {
     for (const char* isa : row.isas) add(row.op, row.name, "cpu", isa);
   }
-  std::string arches;
-  for (const auto& [key, value] : kBuildInfo) {
-    if (std::string(key) == "cuda_arch_list") arches = value;
-  }
-  if (!arches.empty()) {
-    for (const char* op : {"add_act", "bn_act", "max_pool"}) add(op, "vectorised", "cuda", arches);
-    add("stem_pool", "tensor_cores", "cuda", arches);
+  const auto known = [](int figure) -> py::object {
+    if (figure < 0) return py::none();
+    return py::int_(figure);
+  };
+  for (const CudaVariant& variant : kCudaVariants) {
+    py::dict row = add(variant.op, variant.kernel, "cuda", variant.arch);
+    row["source"] = variant.source;
+    row["registers"] = variant.registers;
+    row["shared"] = variant.shared;
+    row["dynamic_shared"] = known(variant.dynamic_shared);
+    row["local"] = variant.local;
+    row["threads"] = known(variant.threads);
+    row["blocks"] = known(variant.blocks);
+    row["warps"] = known(variant.warps);
   }
   return rows;
 }
@@ -171,7 +182,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", &build_info, "How the native parts were built; None where absent.");
   m.def("cpu_features", &cpu_features, "Instruction sets of this CPU.");
   m.def("current_isa", &current_isa, "The instruction set that the CPU kernels use here.");
-  m.def("kernel_variants", &kernel_variants, "Compiled kernels: name, op, device, isa.");
+  m.def("kernel_variants", &kernel_variants,
+        "Compiled kernels: name, op, device, isa; of CUDA also source, registers, shared and local "
+        "memory, threads a block, blocks and warps at once, None where unknown.");
   m.def("conv_variant", &conv_variant, py::arg("element_bytes"), py::arg("pixels"),
         py::arg("filters"), py::arg("groups"), py::arg("tile"),
         "Tile, parts of the reduction and bytes of a copy that the CUDA convolution takes.");

@@ -37,6 +37,19 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "_bn_act_train_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? "
       "residual, Tensor mean, Tensor rstd, str act) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "norm_act(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? "
+      "residual, "
+      "float eps, str act) -> Tensor");
+  m.def(
+      "conv_stats(Tensor x, Tensor weight, Tensor? mean, Tensor? rstd, Tensor? bn_weight, Tensor? "
+      "bn_bias, float bn_eps, str act, int[] stride, int[] padding, int[] dilation, int groups, "
+      "float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_conv_stats_cuda(Tensor x, Tensor weight, Tensor? mean, Tensor? rstd, Tensor? bn_weight, "
+      "Tensor? bn_bias, str act, int[] stride, int[] padding, int[] dilation, int groups, float "
+      "eps, "
+      "str tile) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "stem_pool(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? input_scale, "
       "Tensor? input_shift, str act) -> Tensor");
   m.def("_max_pool(Tensor x) -> Tensor");

@@ -16,6 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from resnet_fast.fuse import Explanation
+    from resnet_fast.traffic_step import StepTraffic
 
 EPILOG = "Add --debug to any command for a traceback."
 
@@ -166,8 +167,13 @@ def collect_info() -> dict[str, Any]:
     }
 
 
-@app.command(epilog=_examples("info", "info --json | jq .libraries"))
-def info(json_: Json = False) -> None:
+@app.command(epilog=_examples("info", "info --variants", "info --json | jq .libraries"))
+def info(
+    variants: Annotated[
+        bool, typer.Option("--variants", help="A row a CUDA kernel and architecture instead.")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """Show versions, libraries (or why one is absent), CPU, GPU.
 
     Also the build, the compiled kernels and the cache. What is absent is no error.
@@ -178,6 +184,11 @@ def info(json_: Json = False) -> None:
         return
     from rich.table import Table
 
+    from resnet_fast.kernel_report import summary, table_of_variants
+
+    if variants:
+        _console().print(table_of_variants(facts["kernels"], facts["build"]), highlight=False)
+        return
     table = Table.grid(padding=(0, 2))
 
     for name, version in facts["versions"].items():
@@ -196,11 +207,8 @@ def info(json_: Json = False) -> None:
     table.add_row("GPU", shown)
     for name, text in _build_rows(facts["build"]):
         table.add_row(name, text)
-    variants: dict[str, list[str]] = {}
-    for kernel in facts["kernels"] or ():
-        variants.setdefault(kernel["name"].rpartition("/")[0], []).append(kernel["isa"])
-    for name, isas in variants.items():
-        table.add_row("kernel", f"{name}: {', '.join(isas)}")
+    for text in summary(facts["kernels"] or ()):
+        table.add_row("kernel", text)
     table.add_row("verdict cache", facts["cache"] or "none: there is no home folder to keep it in")
     _console().print(table)
 
@@ -211,6 +219,8 @@ def _build_rows(build: dict[str, Any] | None) -> list[tuple[str, str]]:
     cuda = f"none: {build['cuda_absence']}"
     if build["cuda_version"]:
         cuda = f"{build['cuda_version']} for {build['cuda_arch_list']}"
+        if build["cuda_resources_absence"]:
+            cuda += f"; kernels unknown: {build['cuda_resources_absence']}"
     made = f"{build['compiler']}, torch {build['torch_version']}"
     return [
         ("build", f"{made}; loads in torch {build['stable_abi_target']} and later"),
@@ -471,6 +481,7 @@ def _rows_table(rows: list[dict[str, Any]], described: tuple[str, ...]) -> Any:
         "traffic resnet50 --batch 128 --device L4 --plan layers",
         "traffic resnet50 --batch 128 --json - | jq .mb_per_image",
         "traffic resnet50 --batch 128 --plot roofline.svg",
+        "traffic resnet50 --batch 128 --train",
     )
 )
 def traffic(
@@ -488,20 +499,35 @@ def traffic(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the roofline, .svg or .png; needs matplotlib.")
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Count one training step, not an inference.")
+    ] = False,
 ) -> None:
     """Count bytes, FLOPs and launches on a GPU, without one.
 
     By stage, with the time at the roofline: the larger of bytes over bandwidth and FLOPs over
     peak, launch by launch. Beside it torchvision's eager network, every site as one kernel, and
     the minimum: each residual block as one. MB are 10^6 bytes.
+
+    With --train one step: forward, loss and gradients, without the optimizer, beside torchvision's
+    eager network and this package's layer by layer, with what the forward keeps for the backward.
     """
     from resnet_fast import traffic_report as report
     from resnet_fast.bench.report import save_json
+    from resnet_fast.errors import ArgumentError
     from resnet_fast.traffic import count
+    from resnet_fast.traffic_step import count_step
 
     _check_images(batch, size)
     printed = json_ == Path("-")
     _check_files(None if printed else json_, plot)
+    if train:
+        if plot is not None:
+            raise ArgumentError("plot", "no plot beside --train", str(plot))
+        with _status(f"counting a training step of {model}"):
+            step = count_step(model, dtype, batch, size, device, plan)
+        _tell_step(step, json_)
+        return
     if plot is not None:
         report.check_plot(plot)
     with _status(f"counting the launches of {model}"):
@@ -518,6 +544,24 @@ def traffic(
     console.print(report.stage_table(told))
     console.print()
     console.print(report.yardstick_table(told))
+    for note in report.notes(told):
+        console.print(note, highlight=False, markup=False)
+
+
+def _tell_step(told: StepTraffic, json_: Path | None) -> None:
+    from resnet_fast import traffic_step_report as report
+    from resnet_fast.bench.report import save_json
+
+    if json_ == Path("-"):
+        _print_json(told.to_dict())
+        return
+    if json_ is not None:
+        save_json(told.to_dict(), json_)
+    console = _console()
+    console.print(report.heading(told), highlight=False)
+    for table in (report.stage_table(told), report.op_table(told), report.yardstick_table(told)):
+        console.print(table)
+        console.print()
     for note in report.notes(told):
         console.print(note, highlight=False, markup=False)
 

@@ -38,6 +38,49 @@ class Question:
     device: Device
     plan: str
 
+    def totals(self, launches: Iterable[Launch]) -> dict[str, Any]:
+        """Sums an image, in MB (10⁶ bytes), GFLOP and microseconds at the roofline.
+
+        ``roof`` is the one that takes the larger part of the time, ``roof_share`` that part.
+        """
+        launches = list(launches)
+        times = {"memory": 0.0, "compute": 0.0}
+        for launch in launches:
+            seconds, roof = self.time(launch)
+            times[roof] += seconds
+        roof, total = max(times, key=times.__getitem__), sum(times.values())
+
+        def megabytes(name: str) -> float:
+            return sum(getattr(launch.work, name) for launch in launches) / self.batch / 1e6
+
+        read, written = megabytes("read"), megabytes("written")
+        return {
+            "launches": sum(launch.launches for launch in launches),
+            "mb_per_image": read + written,
+            "mb_read_per_image": read,
+            "mb_written_per_image": written,
+            "mb_parameters_per_image": megabytes("parameters"),
+            "gflop_per_image": sum(launch.work.flops for launch in launches) / self.batch / 1e9,
+            "us_per_image": total / self.batch * 1e6,
+            "images_per_second": self.batch / total if total else None,
+            "roof": roof,
+            "roof_share": times[roof] / total if total else None,
+        }
+
+    def time(self, launch: Launch) -> tuple[float, str]:
+        """Seconds of ``launch`` at the roofline, and the roof."""
+        work = launch.work
+        return self.device.seconds(work.read + work.written, work.flops, launch.arithmetic)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        asked = {name: getattr(self, name) for name in ("model", "dtype", "batch", "size", "plan")}
+        return {
+            **asked,
+            "device": vars(self.device),
+            "versions": {"resnet_fast": __version__, "torch": str(torch.__version__)},
+        }
+
 
 @dataclass(frozen=True)
 class Way:
@@ -61,51 +104,24 @@ class Traffic:
     yardsticks: tuple[Way, ...]
 
     def totals(self, launches: Iterable[Launch]) -> dict[str, Any]:
-        """Sums an image, in MB (10⁶ bytes), GFLOP and microseconds at the roofline.
-
-        ``roof`` is the one that takes the larger part of the time, ``roof_share`` that part.
-        """
-        launches = list(launches)
-        batch = self.question.batch
-        times = {"memory": 0.0, "compute": 0.0}
-        for launch in launches:
-            seconds, roof = self.time(launch)
-            times[roof] += seconds
-        roof, total = max(times, key=times.__getitem__), sum(times.values())
-
-        def megabytes(name: str) -> float:
-            return sum(getattr(launch.work, name) for launch in launches) / batch / 1e6
-
-        read, written = megabytes("read"), megabytes("written")
-        return {
-            "launches": sum(launch.launches for launch in launches),
-            "mb_per_image": read + written,
-            "mb_read_per_image": read,
-            "mb_written_per_image": written,
-            "mb_parameters_per_image": megabytes("parameters"),
-            "gflop_per_image": sum(launch.work.flops for launch in launches) / batch / 1e9,
-            "us_per_image": total / batch * 1e6,
-            "images_per_second": batch / total if total else None,
-            "roof": roof,
-            "roof_share": times[roof] / total if total else None,
-        }
+        """:meth:`Question.totals`."""
+        return self.question.totals(launches)
 
     def time(self, launch: Launch) -> tuple[float, str]:
-        """Seconds of ``launch`` at the roofline, and the roof."""
-        work = launch.work
-        return self.question.device.seconds(work.read + work.written, work.flops, launch.arithmetic)
+        """:meth:`Question.time`."""
+        return self.question.time(launch)
 
     def stages(self) -> dict[str, list[Launch]]:
         """The plan's launches by stage: stem, the network's layers, head."""
         found: dict[str, list[Launch]] = {}
-        for stage, launch in zip(_stages(self.plan.launches), self.plan.launches, strict=True):
+        for stage, launch in zip(stages(self.plan.launches), self.plan.launches, strict=True):
             found.setdefault(stage, []).append(launch)
         return found
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a launch, bytes and operations of the whole batch."""
         rows = []
-        for stage, launch in zip(_stages(self.plan.launches), self.plan.launches, strict=True):
+        for stage, launch in zip(stages(self.plan.launches), self.plan.launches, strict=True):
             seconds, roof = self.time(launch)
             rows.append(
                 {
@@ -126,13 +142,8 @@ class Traffic:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        question, device = self.question, self.question.device
-        asked = {name: getattr(question, name) for name in ("model", "dtype", "batch", "size")}
         return {
-            **asked,
-            "plan": question.plan,
-            "device": vars(device),
-            "versions": {"resnet_fast": __version__, "torch": str(torch.__version__)},
+            **self.question.to_dict(),
             **self.totals(self.plan.launches),
             "notes": self.plan.notes,
             "stages": {stage: self.totals(found) for stage, found in self.stages().items()},
@@ -159,15 +170,7 @@ def count(
     ``device`` is one of :data:`resnet_fast.plan.devices.DEVICES`. Raises ``ArgumentError`` for
     names and numbers that there are none of, ``LibraryError`` where the plan's kernels are missing.
     """
-    verify.check_model_name(model)
-    verify.dtype_from_name(dtype)
-    chosen = devices.named(device)
-    if plan not in traffic.PLANS:
-        raise ArgumentError("plan", f"one of {', '.join(traffic.PLANS)}", repr(plan))
-    if batch < 1:
-        raise ArgumentError("batch", "at least 1", str(batch))
-    side = verify.default_size(model) if size is None else size
-    question = Question(model, dtype, batch, side, chosen, plan)
+    question = ask(model, dtype, batch, size, device, plan)
     counted = _planned(question, plan)
     layers = counted
     if plan != "layers":
@@ -179,12 +182,25 @@ def count(
     return Traffic(question, counted, (eager, layers, minimum))
 
 
+def ask(model: str, dtype: str, batch: int, size: int | None, device: str, plan: str) -> Question:
+    """The question as :func:`count` takes it, with the network's size where none is given."""
+    verify.check_model_name(model)
+    verify.dtype_from_name(dtype)
+    chosen = devices.named(device)
+    if plan not in traffic.PLANS:
+        raise ArgumentError("plan", f"one of {', '.join(traffic.PLANS)}", repr(plan))
+    if batch < 1:
+        raise ArgumentError("batch", "at least 1", str(batch))
+    side = verify.default_size(model) if size is None else size
+    return Question(model, dtype, batch, side, chosen, plan)
+
+
 def _planned(question: Question, plan: str) -> Way:
     with torch.device("meta"):
         model = verify.build_model(question.model)
     model.to(verify.dtype_from_name(question.dtype))
     with traffic.planned(plan, question.device):
-        launches = traffic.account(model, _images(question))
+        launches = traffic.account(model, images(question))
         rows = model_rows(model)
     # Sites of layers that a kernel of several took in have not run.
     inside = sum(row["reason"] == "NOT_RUN" for row in rows)
@@ -197,45 +213,48 @@ def _planned(question: Question, plan: str) -> Way:
         for (candidate, reason), number in sites.most_common()
     ]
     notes += dict.fromkeys(row["notes"] for row in rows if row["notes"])
-    return Way(plan, launches, notes=(*notes, *_unknown(launches)))
+    return Way(plan, launches, notes=(*notes, *unknown(launches)))
 
 
 def _references(question: Question) -> tuple[Way, Way]:
     with torch.device("meta"):
         model, source = verify.build_reference(question.model)
     model.to(verify.dtype_from_name(question.dtype))
-    x = _images(question)
+    x = images(question)
     launches = traffic.account(model, x)
-    eager = Way("eager", launches, notes=(source, *_unknown(launches)))
+    eager = Way("eager", launches, notes=(source, *unknown(launches)))
     return eager, Way("minimum", _whole_blocks(model, x, launches))
 
 
-def _images(question: Question) -> Tensor:
+def images(question: Question) -> Tensor:
+    """A batch of them, on the meta device."""
     # The layout that every way of running prefers on a GPU, so that none pays for a conversion.
     shape = (question.batch, 3, question.size, question.size)
     dtype = verify.dtype_from_name(question.dtype)
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
 
 
-def _unknown(launches: Sequence[Launch]) -> tuple[str, ...]:
-    unknown = Counter(launch.op for launch in launches if not launch.known)
+def unknown(launches: Sequence[Launch]) -> tuple[str, ...]:
+    """A note for each op that the account does not know."""
+    found = Counter(launch.op for launch in launches if not launch.known)
     return tuple(
         f"{number} launches of {op} are counted by their inputs and outputs: it is unknown"
-        for op, number in unknown.items()
+        for op, number in found.items()
     )
 
 
-def _stages(launches: Sequence[Launch]) -> list[str]:
-    stages: list[str] = []
+def stages(launches: Sequence[Launch]) -> list[str]:
+    """The stage of each launch of a forward: stem, the network's layers, head."""
+    found: list[str] = []
     for launch in launches:
         first = launch.path.partition(".")[0]
         if first.startswith("layer"):
-            stages.append(first)
-        elif not stages or stages[-1] in ("stem", "head") or not first:
-            stages.append(stages[-1] if stages else "stem")
+            found.append(first)
+        elif not found or found[-1] in ("stem", "head") or not first:
+            found.append(found[-1] if found else "stem")
         else:
-            stages.append("head")
-    return stages
+            found.append("head")
+    return found
 
 
 def _whole_blocks(model: nn.Module, x: Tensor, launches: Sequence[Launch]) -> list[Launch]:
@@ -266,7 +285,7 @@ def _whole_blocks(model: nn.Module, x: Tensor, launches: Sequence[Launch]) -> li
 
     flops: Counter[str] = Counter()
     arithmetic: dict[str, str] = {}
-    for stage, launch in zip(_stages(launches), launches, strict=True):
+    for stage, launch in zip(stages(launches), launches, strict=True):
         flops[owner(launch.path, stage)] += launch.work.flops
         arithmetic.setdefault(owner(launch.path, stage), launch.arithmetic)
     weights: Counter[str] = Counter()

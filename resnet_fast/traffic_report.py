@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,26 +10,33 @@ from resnet_fast.errors import ArgumentError, LibraryError
 
 if TYPE_CHECKING:
     from resnet_fast.plan.devices import Device
-    from resnet_fast.traffic import Traffic
+    from resnet_fast.plan.traffic import Launch
+    from resnet_fast.traffic import Question, Traffic
 
 PLOT_SUFFIXES = (".svg", ".png")
 
 
 def heading(told: Traffic) -> str:
     """What the figures are of, and the roofs."""
-    asked, device = told.question, told.question.device
-    kinds = sorted({launch.arithmetic for launch in told.plan.launches if launch.work.flops})
+    return heading_of(told.question, told.plan.launches)
+
+
+def heading_of(asked: Question, launches: Iterable[Launch], what: str = "") -> str:
+    """The same for launches of another kind, which ``what`` names."""
+    device = asked.device
+    kinds = sorted({launch.arithmetic for launch in launches if launch.work.flops})
     peaks = ", ".join(f"{device.peaks[kind] / 1e12:.4g} TFLOP/s {kind}" for kind in kinds)
     roof = f"{device.memory_roof / 1e12:.4g} TB/s"
     if device.copied:
         roof += f" as copied ({device.bandwidth / 1e12:.4g} by the data sheet)"
     return (
-        f"{asked.model} {asked.dtype} batch {asked.batch} at {asked.size}x{asked.size}, plan "
-        f"{asked.plan}, as if on {device.name}: {roof}, {peaks}"
+        f"{asked.model} {asked.dtype} batch {asked.batch} at {asked.size}x{asked.size}, "
+        f"{what + ', ' if what else ''}plan {asked.plan}, as if on {device.name}: {roof}, {peaks}"
     )
 
 
-def _table(headings: Sequence[str]) -> Any:
+def rich_table(headings: Sequence[str]) -> Any:
+    """An empty table; all columns but the first hold figures."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -38,13 +45,14 @@ def _table(headings: Sequence[str]) -> Any:
     return table
 
 
-def _roof(totals: dict[str, Any]) -> str:
+def roof_of(totals: dict[str, Any]) -> str:
+    """Which roof takes the larger part of the time, and how much."""
     return f"{totals['roof']} {totals['roof_share']:.0%}"
 
 
 def stage_table(told: Traffic) -> Any:
     """One line a stage, an image's figures."""
-    table = _table(
+    table = rich_table(
         ("stage", "launches", "MB read", "MB written", "of it weights", "GFLOP", "us", "roof")
     )
     stages = {**told.stages(), "network": told.plan.launches}
@@ -58,7 +66,7 @@ def stage_table(told: Traffic) -> Any:
             f"{sums['mb_parameters_per_image']:.2f}",
             f"{sums['gflop_per_image']:.3f}",
             f"{sums['us_per_image']:.2f}",
-            _roof(sums),
+            roof_of(sums),
             end_section=stage == list(stages)[-2],
         )
     return table
@@ -66,7 +74,7 @@ def stage_table(told: Traffic) -> Any:
 
 def yardstick_table(told: Traffic) -> Any:
     """The plan beside each yardstick, with the ratio of the bytes and of the time."""
-    table = _table(
+    table = rich_table(
         ("an image", "launches", "MB", "of it weights", "us", "images/s", "roof", "x MB", "x us")
     )
     ours = told.totals(told.plan.launches)
@@ -83,7 +91,7 @@ def yardstick_table(told: Traffic) -> Any:
             f"{sums['mb_parameters_per_image']:.2f}",
             f"{sums['us_per_image']:.2f}",
             f"{sums['images_per_second']:.0f}",
-            _roof(sums),
+            roof_of(sums),
             f"{sums['mb_per_image'] / ours['mb_per_image']:.2f}",
             f"{sums['us_per_image'] / ours['us_per_image']:.2f}",
         )

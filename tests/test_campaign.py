@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import campaign, chains, render_readme
+from benchmarks import campaign, chains, convolutions, render_readme, training
 from resnet_fast.testing.budget import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +47,14 @@ def test_what_is_watched_is_there_only_with_its_tools(
     monkeypatch.setattr(campaign.shutil, "which", lambda name: None)
     assert campaign.watched_steps(tmp_path) == []
     monkeypatch.setattr(campaign.shutil, "which", lambda name: f"/bin/{name}")
-    named = {
-        step.name.rpartition(" ")[2]: step.command for step in campaign.watched_steps(tmp_path)
+    watched = {step.name: step.command for step in campaign.watched_steps(tmp_path)}
+    tools = ("memcheck", "racecheck", "synccheck")
+    assert set(watched) == {
+        "chains under ncu",
+        *(f"{kind} under {tool}" for kind in ("chains", "convolutions") for tool in tools),
     }
-    assert set(named) == {"ncu", "memcheck", "racecheck", "synccheck"}
-    assert all("benchmarks.chains" in command for command in named.values())
+    for name, command in watched.items():
+        assert f"benchmarks.{name.partition(' ')[0]}" in command
 
 
 def test_each_chain_runs_once_to_be_watched(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,3 +178,33 @@ def test_red_or_dry_results_are_not_published() -> None:
 
 def test_readme_matches_the_results() -> None:
     assert render_readme.main(["--check"]) == 0
+
+
+def test_single_convolutions_are_verified_before_they_are_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "convolutions.json"
+    tiny = ["--model", "resnet18", "--batch", "1", "--size", "32", "--device", "cpu"]
+    assert convolutions.main([*tiny, "--dtype", "fp32", "--reps", "1", "--out", str(path)]) == 0
+    rows = json.loads(path.read_text())["convolutions"]
+    assert len({row["key"] for row in rows}) == len(rows) == 15
+    for row in rows:
+        assert "median_us" in row["candidates"]["aten"]
+        for entry in row["candidates"].values():
+            assert ("median_us" in entry) == entry.get("ok", True)
+    assert capsys.readouterr().out.count("\n") >= 15
+
+
+def test_a_training_step_is_held_against_the_frameworks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "training.json"
+    tiny = ["--model", "resnet18", "--batch", "4", "--size", "32", "--device", "cpu"]
+    command = [*tiny, "--dtype", "fp32", "--reps", "1", "--engines", "resnet_fast,eager_nhwc"]
+    assert training.main([*command, "--out", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["held"] and all(row["median_us"] > 0 for row in result["rows"])
+    monkeypatch.setattr(training, "difference", lambda model, exact: float("nan"))
+    monkeypatch.setattr(training, "interleaved", lambda *a: pytest.fail("timed"))
+    assert training.main(command) == 1
+    assert "not timed" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from resnet_fast import __version__, cli, verify
+from resnet_fast import __version__, cli, kernel_report, verify
 from resnet_fast.bench import BenchError, runner
 from resnet_fast.fuse import Explanation
 from resnet_fast.ops import _checks
@@ -144,6 +144,31 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert facts["cache"].split("/")[-1] in text
     assert "None" not in text and text.count("cpu/conv_bn_act/depthwise") == 1
+    cuda = {row["op"] for row in facts["kernels"] if row["device"] == "cuda"}
+    assert all(text.count(f"cuda/{op}: ") == 1 for op in cuda)
+    assert cli.main(["info", "--variants"]) == 0
+    text = capsys.readouterr().out
+    names = [row["name"] for row in facts["kernels"] if row["device"] == "cuda"]
+    assert all(name in text for name in names)
+    assert names or "no CUDA kernels: " in text
+
+
+def test_cuda_kernels_in_a_line_and_in_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    unknown = dict.fromkeys(("dynamic_shared", "threads", "blocks", "warps"))
+    first = {"op": "scan", "device": "cuda", "shared": 0, "registers": 40, "local": 0} | unknown
+    first |= {"name": "cuda/scan/scan_kernel<8>/sm_80", "isa": "sm_80"}
+    second = first | {"name": "cuda/scan/scan_kernel<8>/sm_90a", "isa": "sm_90a"}
+    second |= {"registers": 41, "local": 16, "dynamic_shared": 3 << 9, "threads": 128, "warps": 12}
+    line = "cuda/scan: 1 kernels for sm_80, sm_90a, at most 41 registers, 1.5 KB shared, "
+    assert kernel_report.summary([first, second]) == [line + "16 B spilled"]
+    assert kernel_report.summary([first])[0].endswith("40 registers, none spilled")
+    Console(width=160).print(kernel_report.table_of_variants([first, second], None))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1] == [first["name"], "40", "?", "0", "?", "?", "?"]
+    assert rows[2] == [second["name"], "41", "1536", "16", "128", "?", "12"]
+    assert "native library is absent" in kernel_report.table_of_variants(None, None)
+    absent = {"cuda_absence": None, "cuda_resources_absence": "out of ink"}
+    assert kernel_report.table_of_variants([], absent) == "no CUDA kernels: out of ink"
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))

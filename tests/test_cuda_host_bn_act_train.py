@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from host_support import HostError, Patches, driver, run
+from host_support import driver, run
 from torch import Tensor
 
 from resnet_fast import ops
 from resnet_fast.ops import activation
-from resnet_fast.testing.budget import expect_within_budget, within_budget
+from resnet_fast.testing.budget import within_budget
 from resnet_fast.testing.reordered import REORDERED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -96,7 +96,7 @@ class Problem:
         }
         return tensors | {"eps": EPS, "act": self.act}
 
-    def clear_of_kinks(self) -> "Problem":
+    def clear_of_kinks(self) -> Problem:
         """No gradient arrives where a rounded pre-activation may be on either side of a kink."""
         z = REFERENCE(**self.arguments(torch.float64) | {"act": "none"})[0]
         clear = torch.ones_like(z, dtype=torch.bool)

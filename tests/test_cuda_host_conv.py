@@ -12,72 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from conv_host_support import (
+    DTYPES,
+    GEMM,
+    NARROW,
+    SHAPES,
+    Conv,
+    conv,
+    draw_operands,
+    nhwc,
+    tiles,
+)
 from host_support import HostError, driver, run
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet_fast.ops import activation
-from resnet_fast.ops.conv_bn_act_cuda import FLOAT_TILES, HALF_TILES
 from resnet_fast.testing.budget import expect_within_budget as check
 from resnet_fast.testing.budget import within_budget
 
-TF32 = torch.float32
-DTYPES = (torch.float16, torch.bfloat16, TF32)
 KERNEL = "csrc/cuda/conv_bn_act.cuh"
-GEMM = "csrc/cuda/implicit_gemm.cuh"
 DRIVER = "tests/cuda_on_host/conv_bn_act.cpp"
 GROUPED = "csrc/cuda/conv_bn_act_grouped.cuh"
-
-
-@dataclass(frozen=True)
-class Conv:
-    """A convolution: x is [batch, channels, height, width], a filter [r, s]."""
-
-    batch: int
-    channels: int
-    size: tuple[int, int]
-    filters: int
-    filter: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    def out(self, axis: int) -> int:
-        span = self.size[axis] + 2 * self.padding[axis]
-        return (span - self.dilation[axis] * (self.filter[axis] - 1) - 1) // self.stride[axis] + 1
-
-    def copy(self, dtype: torch.dtype) -> int:
-        """Bytes of the widest copy that divides a group's channels; 0 for single elements."""
-        row = self.channels // self.groups * dtype.itemsize
-        return next((width for width in (16, 4) if row % width == 0), 0)
-
-    def values(self) -> dict[str, int]:
-        pairs = {
-            "kernel": self.filter,
-            "stride": self.stride,
-            "pad": self.padding,
-            "dilation": self.dilation,
-        }
-        return {
-            "batch": self.batch,
-            "channels": self.channels,
-            "filters": self.filters,
-            "height": self.size[0],
-            "width": self.size[1],
-            "out_height": self.out(0),
-            "out_width": self.out(1),
-            "groups": self.groups,
-            **{
-                f"{name}_{axis}": pair[i]
-                for name, pair in pairs.items()
-                for i, axis in enumerate("hw")
-            },
-        }
-
-
-def conv(x: Tensor, weight: Tensor, shape: Conv) -> Tensor:
-    return F.conv2d(x, weight, None, shape.stride, shape.padding, shape.dilation, shape.groups)
 
 
 @dataclass(frozen=True)
@@ -92,14 +47,11 @@ class Inputs:
     def reference(self, shape: Conv, dtype: torch.dtype) -> Tensor:
         """The layers one by one in ``dtype``."""
         z = conv(self.x.to(dtype), self.weight.to(dtype), shape)
+        wide = torch.promote_types(dtype, torch.float32)
         if self.scale is not None:
-            z = (z * self.scale.to(torch.promote_types(dtype, torch.float32)).view(-1, 1, 1)).to(
-                dtype
-            )
+            z = (z * self.scale.to(wide).view(-1, 1, 1)).to(dtype)
         if self.shift is not None:
-            z = (z + self.shift.to(torch.promote_types(dtype, torch.float32)).view(-1, 1, 1)).to(
-                dtype
-            )
+            z = (z + self.shift.to(wide).view(-1, 1, 1)).to(dtype)
         if self.residual is not None:
             z = z + self.residual.to(dtype)
         return activation.value(self.act, z)
@@ -108,35 +60,20 @@ class Inputs:
 def draw(
     shape: Conv, dtype: torch.dtype, act: str = "relu", parts: str = "scale shift residual"
 ) -> Inputs:
-    generator = torch.Generator().manual_seed(shape.batch * 1000 + shape.channels)
+    x, weight, generator = draw_operands(shape, dtype)
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator)
 
-    channels = shape.channels // shape.groups
-    depth = channels * shape.filter[0] * shape.filter[1]
-    x = normal(shape.batch, shape.channels, *shape.size)
-    weight = normal(shape.filters, channels, *shape.filter) / depth**0.5
-    if dtype == TF32:
-        x, weight = to_tf32(x), to_tf32(weight)
     residual = normal(shape.batch, shape.filters, shape.out(0), shape.out(1)).to(dtype)
     return Inputs(
-        x.to(dtype),
-        weight.to(dtype),
+        x,
+        weight,
         0.5 + torch.rand(shape.filters, generator=generator) if "scale" in parts else None,
         normal(shape.filters) if "shift" in parts else None,
         residual if "residual" in parts else None,
         act,
     )
-
-
-def to_tf32(x: Tensor) -> Tensor:
-    """Values that TF32 holds exactly, so that fp32 is the standard of its sums."""
-    return (x.view(torch.int32) & -8192).view(torch.float32)
-
-
-def nhwc(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.permute(0, 2, 3, 1).contiguous()
 
 
 def run_conv(
@@ -186,38 +123,12 @@ def program() -> Path:
     return driver("conv_bn_act")
 
 
-def tiles(dtype: torch.dtype) -> tuple[str, ...]:
-    names = FLOAT_TILES if dtype == TF32 else HALF_TILES
-    return tuple(name for name in names if name != "grouped")
-
-
-# A filter as large as the image; 7x7 maps; widths that divide nothing; both strides; dilation;
-# fewer and more pixels, filters and channels than a tile; k that ends inside a stage.
-SHAPES = (
-    Conv(1, 64, (7, 7), 64),
-    Conv(2, 24, (9, 5), 72, (3, 3), padding=(1, 1)),
-    Conv(1, 40, (11, 13), 136, (3, 3), stride=(2, 2), padding=(1, 1)),
-    Conv(3, 16, (7, 7), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),
-    Conv(1, 8, (6, 5), 130, (6, 5)),
-    Conv(2, 96, (5, 9), 40, (1, 1), stride=(2, 1)),
-    Conv(1, 64, (10, 4), 64, (1, 3), padding=(0, 1), groups=4),
-    Conv(1, 32, (5, 6), 16, (2, 2), padding=(1, 0), stride=(1, 3), groups=2),
-)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_tile_computes_every_shape(program: Path, shape: Conv, dtype: torch.dtype) -> None:
     given = draw(shape, dtype)
     for tile in tiles(dtype):
         expect(shape, given, run_conv(program, shape, given, tile))
-
-
-NARROW = (
-    Conv(2, 3, (15, 17), 64, (7, 7), stride=(2, 2), padding=(3, 3)),
-    Conv(1, 6, (6, 7), 70, (3, 3), padding=(1, 1)),
-    Conv(1, 10, (5, 5), 20, (1, 1), groups=2),
-)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

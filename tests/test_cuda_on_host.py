@@ -20,6 +20,7 @@ def instruction(
 ) -> Tensor:
     """What tests/cuda_on_host/layer_instructions.cpp leaves in ``out``, as int32."""
     tensors = {"in": given, "data": more.pop("data", None)}
+    more.setdefault("bytes", 0)
     program = driver("layer_instructions", tracing=tracing)
     outputs = {"out": torch.int32}
     return run(program, tensors=tensors, outputs=outputs, kernel=kernel, words=words, **more)["out"]
@@ -170,6 +171,8 @@ def test_round_to_bf16() -> None:
         (0x3F808001, 0x3F81),
         (0x7F7FFFFF, 0x7F80),
         (0x00008001, 0x0001),
+        (0x7FC00000, 0x7FFF),
+        (0xFF800001, 0x7FFF),
     )
     given = torch.zeros(32, dtype=torch.int64)
     given[: len(pairs)] = torch.tensor([bits for bits, _ in pairs])
@@ -250,17 +253,26 @@ def test_atomic_addition(order: str) -> None:
 
 
 def test_the_order_of_blocks_and_threads() -> None:
+    threads, block = 12 * 60, 60
+
     def visits(order: str, seed: int = 0) -> list[int]:
-        out = instruction("visit", 241, order=order, seed=seed).tolist()
-        assert out[0] == 240
+        out = instruction("visit", 1 + 2 * threads, order=order, seed=seed).tolist()
+        assert out[0] == 2 * threads
         return out[1:]
 
-    assert visits("ascending") == list(range(240))
-    assert visits("descending") == list(range(239, -1, -1))
+    twice = [thread for thread in range(threads) for _ in range(2)]
+    assert visits("ascending") == twice
+    assert visits("descending") == twice[::-1]
     drawn = visits("shuffled", 1)
-    assert sorted(drawn) == list(range(240))
+    assert sorted(drawn) == twice
     assert drawn == visits("shuffled", 1) != visits("shuffled", 2)
-    # Blocks of 60 threads run one after the other, their warps and lanes mixed.
-    blocks = [thread // 60 for thread in drawn]
-    assert all(len(set(blocks[at : at + 60])) == 1 for at in range(0, 240, 60))
-    assert drawn[:60] != sorted(drawn[:60])
+    # Blocks run one after the other, in an order of their own; their lanes mix, at an atomic too.
+    each = [drawn[at : at + 2 * block] for at in range(0, 2 * threads, 2 * block)]
+    came = [visited[0] // block for visited in each]
+    assert came != sorted(came)
+    assert all(
+        {thread // block for thread in visited} == {b}
+        for visited, b in zip(each, came, strict=True)
+    )
+    assert all(visited != sorted(visited) for visited in each)
+    assert any(drawn[at] != drawn[at + 1] for at in range(0, 2 * threads, 2))

@@ -54,6 +54,8 @@ CAUGHT = {
     "a misaligned chunk": r"misaligned: a cp.async of 16 bytes at shared \+\d+",
     "half a warp multiplies": r"divergence: .*(mma of fp16.*ldmatrix|ldmatrix.*mma of fp16)",
     "a lane short": r"divergence: ldmatrix needs all lanes of the warp, and lane 31 does not exist",
+    "a lane leaves": r"divergence: (ldmatrix needs all lanes of the warp, and lane 9 has exited|"
+    r"the thread exits, and lane \d+ of its warp waits at ldmatrix)",
     "an early exit": r"barrier: .*(exits.*waits at sync_block|needs all threads.*has exited)",
     "barriers of two kinds": r"deadlock: everybody waits: threads 0 to 4 at sync_warp, "
     r"threads 5 to 31 at sync_block, threads 32 to 36 at sync_warp, threads 37 to 63 at sync_block",
@@ -167,6 +169,7 @@ def test_a_warp_barrier_orders_a_warp_and_no_more() -> None:
                 order=order,
                 kernel="synchronise",
                 words=65,
+                bytes=0,
             )
 
 

@@ -136,7 +136,9 @@ def conv_bn_act_work(*arguments: Any) -> _work.Work:
 
 
 def test_only_an_op_and_its_launcher_have_its_work() -> None:
-    for name in ("_conv_bn_act_direct", "_add_act_backward", "conv_bn_act_triton", "nothing"):
+    for name in ("_conv_bn_act_direct", "add_act_backward", "conv_bn_act_triton", "nothing"):
+        assert _work.of(name) is None
+    for name in ("_conv_bn_act_backward", "bn_act_train_backward", "_add_act_backward_direct"):
         assert _work.of(name) is None
 
 
@@ -165,7 +167,7 @@ def test_meta_tensors_are_not_known_by_an_address_that_they_lack() -> None:
 def test_an_unknown_op_is_counted_and_marked() -> None:
     (launch,) = account(Calls(lambda x: torch.cumsum(x, 1)), empty(2, 8, 4, 4))
     assert not launch.known and launch.work == (512, 512, 0, 0)
-    assert traffic._unknown([launch, launch])[0].startswith("2 launches of aten::cumsum are")
+    assert traffic.unknown([launch, launch])[0].startswith("2 launches of aten::cumsum are")
 
 
 def test_views_and_allocations_launch_nothing() -> None:

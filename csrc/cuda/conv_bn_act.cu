@@ -1,75 +1,9 @@
 // conv_bn_act on tensor cores: guards, allocation, choice of the kernel, launch, registration.
-#include <atomic>
-
-#include "../math/conv_geometry.h"
+#include "conv_launch.cuh"
 #include "conv_tiles.cuh"
-#include "launch.cuh"
 
 namespace resnet_fast {
 namespace {
-
-int as_int(const char* name, int64_t value) {
-  STD_TORCH_CHECK(value >= 0 && value <= INT32_MAX, name, ": expected sizes below 2^31");
-  return static_cast<int>(value);
-}
-
-ConvShape conv_shape(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                     int64_t groups) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4,
-                  "x: expected two spatial dimensions, and as many in weight");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "stride: expected two integers, in padding and dilation as well");
-  for (int axis = 0; axis < 2; ++axis) {
-    STD_TORCH_CHECK(stride[axis] > 0 && padding[axis] >= 0 && dilation[axis] > 0,
-                    "stride: expected positive integers, in padding no negative ones");
-    STD_TORCH_CHECK(weight.size(2 + axis) >= 1 && weight.size(2 + axis) <= 32,
-                    "weight: expected a filter of at most 32 rows and columns");
-  }
-  STD_TORCH_CHECK(groups > 0 && weight.size(1) > 0 && weight.size(1) * groups == x.size(1) &&
-                      weight.size(0) % groups == 0,
-                  "weight: expected channels and filters that fit x and groups");
-  ConvShape s{};
-  s.batch = as_int("x", x.size(0));
-  s.channels = as_int("x", x.size(1));
-  s.height = as_int("x", x.size(2));
-  s.width = as_int("x", x.size(3));
-  s.filters = as_int("weight", weight.size(0));
-  s.group_channels = as_int("weight", weight.size(1));
-  s.kernel_h = as_int("weight", weight.size(2));
-  s.kernel_w = as_int("weight", weight.size(3));
-  s.stride_h = as_int("stride", stride[0]);
-  s.stride_w = as_int("stride", stride[1]);
-  s.pad_h = as_int("padding", padding[0]);
-  s.pad_w = as_int("padding", padding[1]);
-  s.dilation_h = as_int("dilation", dilation[0]);
-  s.dilation_w = as_int("dilation", dilation[1]);
-  s.groups = as_int("groups", groups);
-  s.out_height =
-      as_int("x", conv_output_size(x.size(2), weight.size(2), stride[0], padding[0], dilation[0]));
-  s.out_width =
-      as_int("x", conv_output_size(x.size(3), weight.size(3), stride[1], padding[1], dilation[1]));
-  STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0,
-                  "weight: expected a filter within the padded input");
-  // Positions along an axis and k stay within int; offsets are 64 bits wide.
-  as_int("padding", x.size(2) + 2 * padding[0] + stride[0]);
-  as_int("padding", x.size(3) + 2 * padding[1] + stride[1]);
-  as_int("x", x.size(2) * x.size(3));
-  as_int("x", int64_t{s.out_height} * s.out_width);
-  as_int("weight", weight.size(1) * weight.size(2) * weight.size(3) + 128);
-  return s;
-}
-
-// Grants KERNEL its dynamic shared memory, once a device.
-template <typename Kernel>
-void allow_shared_memory(int device) {
-  static std::atomic<uint64_t> granted{0};
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if ((granted.load(std::memory_order_relaxed) & bit) != 0) return;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(Kernel::kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      Kernel::TileType::kSharedBytes));
-  granted.fetch_or(bit, std::memory_order_relaxed);
-}
 
 template <typename T>
 void launch_conv(const Tensor& x, const ConvShape& shape, const T* weight,
@@ -90,7 +24,7 @@ void launch_conv(const Tensor& x, const ConvShape& shape, const T* weight,
   const bool known = with_conv_kernel<T>(tile, copy, [&](auto kernel) {
     using Kernel = decltype(kernel);
     using Tile = typename Kernel::TileType;
-    allow_shared_memory<Kernel>(x.get_device_index());
+    allow_shared_memory<Kernel::kKernel>(x.get_device_index(), Tile::kSharedBytes);
     Kernel::kKernel<<<grid, Tile::kTileThreads, Tile::kSharedBytes, stream>>>(
         shape, x_data, weight, epilogue, sums, static_cast<int>(stages_a_part));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -129,8 +63,6 @@ Tensor conv_bn_act_cuda(const Tensor& x, const Tensor& weight, OptTensor scale, 
                         std::string act, std::string tile, int64_t splits) {
   check_cuda("x", x);
   check_input("weight", weight);
-  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double,
-                  "x: expected float16, bfloat16 or float32, whose products run as TF32");
   STD_TORCH_CHECK(same_device(weight, x) && weight.scalar_type() == x.scalar_type(),
                   "weight: expected the device and the dtype of x");
   STD_TORCH_CHECK(splits >= 0, "splits: expected 0, which lets the kernel choose, or more");
@@ -156,7 +88,7 @@ Tensor conv_bn_act_cuda(const Tensor& x, const Tensor& weight, OptTensor scale, 
   if (scale) scale = as_format(*scale, MemoryFormat::Contiguous);
   if (shift) shift = as_format(*shift, MemoryFormat::Contiguous);
   const auto stream = static_cast<cudaStream_t>(current_cuda_stream(x));
-  const auto run = [&](auto tag) {
+  dispatch_product_dtype(x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int bytes = static_cast<int>(sizeof(T));
     const T* const weight_data = data_of<T>(dense_weight);
@@ -182,17 +114,7 @@ Tensor conv_bn_act_cuda(const Tensor& x, const Tensor& weight, OptTensor scale, 
     epilogue.wide = whole && shape.filters / shape.groups % kLanes<T> == 0;
     launch_conv<T>(dense_x, shape, weight_data, epilogue, index, copy,
                    splits == 0 ? choose_conv_parts(bytes, shape, index) : splits, stream);
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-      run(TypeTag<fp16>{});
-      break;
-    case ScalarType::BFloat16:
-      run(TypeTag<bf16>{});
-      break;
-    default:
-      run(TypeTag<float>{});
-  }
+  });
   return as_format(y, format);
 }
 

@@ -71,9 +71,10 @@ __device__ inline void load_affine(const float* scale, const float* shift, int c
 // The sums pass through shared memory (the ring is free by then), 16 pixels of a warp at a time,
 // so that y and the residual move in 16-byte accesses; scale, shift, residual and activation are
 // fp32, and y is rounded once. With several parts of k each writes its fp32 sums to `partial`
-// [parts][pixels][K], and conv_sum_kernel adds them in order.
+// [parts][pixels][K], and conv_sum_kernel adds them in order. Shared memory holds two blocks of the
+// larger tiles: told so, ptxas has no reason to spill for the sake of more.
 template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kTileThreads)
+__global__ void __launch_bounds__(Tile::kTileThreads, 2)
     conv_bn_act_kernel(ConvShape shape, const T* __restrict__ x, const T* __restrict__ weight,
                        ConvEpilogue<T> epilogue, float* __restrict__ partial, int stages_a_part) {
   const conv::Place<T, Tile> place(shape, stages_a_part);
@@ -124,14 +125,15 @@ __global__ void __launch_bounds__(kThreads)
     // A vector is `wide` only where filters is a multiple of kWidth: it never spans two pixels.
     const int count = numel - at < kWidth ? static_cast<int>(numel - at) : kWidth;
     float value[kWidth] = {}, scale[kWidth], shift[kWidth];
+    int n = static_cast<int>(at % filters);
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      const int n = static_cast<int>((at + e) % filters);
       scale[e] = epilogue.scale != nullptr ? epilogue.scale[n] : 1.0f;
       shift[e] = epilogue.shift != nullptr ? epilogue.shift[n] : -0.0f;
       if (e < count)
         for (int part = 0; part < parts; ++part)
           value[e] += partial[int64_t{part} * numel + at + e];
+      n = n + 1 < filters ? n + 1 : 0;
     }
     conv::finish(epilogue, value, scale, shift, at, count);
   }

@@ -85,6 +85,12 @@ inline int choose_conv_tile(int element_bytes, const ConvShape& s, int copy) {
   return conv_blocks(kTallTile, s) >= kConvBlocks ? kTallTile : kSmallTile;
 }
 
+// The same for conv_stats_kernel, which has neither the narrow tile nor parts of k.
+inline int choose_stats_tile(int element_bytes, const ConvShape& s, int copy) {
+  const int tile = choose_conv_tile(element_bytes, s, copy);
+  return tile == kNarrowTile ? kTallTile : tile;
+}
+
 // Parts of k: 1, or the power of two that fills the device where the tiles alone are few.
 inline int choose_conv_parts(int element_bytes, const ConvShape& s, int tile) {
   const int64_t blocks = conv_blocks(tile, s), stages = conv_stages(element_bytes, s);

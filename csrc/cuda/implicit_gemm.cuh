@@ -39,7 +39,7 @@ struct ConvTile {
   static constexpr int kStageBytes = (M + N) * kRowBytes;
   static constexpr int kStripBytes = 16 * (kWarpN + 8) * static_cast<int>(sizeof(float));
   static constexpr int kPixelBytes = M * 16;
-  static constexpr int kSharedBytes = kStages * kStageBytes + kPixelBytes;
+  static constexpr std::integral_constant<int, kStages * kStageBytes + kPixelBytes> kSharedBytes{};
   static_assert(M % (16 * kWarpsM) == 0 && N % (16 * kWarpsN) == 0);
   static_assert(kWarpsM * kWarpsN * kStripBytes <= kStages * kStageBytes);
 };

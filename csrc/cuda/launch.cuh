@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "../stable.h"
 #include "grid.h"
 
@@ -22,6 +24,19 @@ int64_t resident_blocks(const Tensor& t) {
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
                                         t.get_device_index()));
   return int64_t{multiprocessors} * per_multiprocessor;
+}
+
+// Grants KERNEL that much dynamic shared memory, once a device; 48 KB need no grant. A number that
+// is a std::integral_constant shows in the symbol, from which the build reads what the launches
+// take (kernels/cuda_resources.py).
+template <auto KERNEL, typename Bytes>
+[[gnu::used]] void allow_shared_memory(int device, Bytes bytes) {
+  static std::atomic<uint64_t> granted{0};
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (bytes <= 48 * 1024 || (granted.load(std::memory_order_relaxed) & bit) != 0) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+  granted.fetch_or(bit, std::memory_order_relaxed);
 }
 
 inline dim3 grid_dim(int64_t blocks) {

@@ -129,7 +129,8 @@ __device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uin
 #endif
 }
 
-// 9.7.9.21 cvt.rna.tf32.f32: fp32 rounded to TF32's 10 bits of fraction, ties away from zero.
+// 9.7.9.21 cvt.rna.tf32.f32: fp32 rounded to TF32's 10 bits of fraction, ties away from zero. The
+// other 13 are cut, so that a NaN of none but those becomes infinite; the framework's NaN does not.
 __device__ inline uint32_t round_to_tf32(uint32_t bits) {
 #if defined(__CUDACC__)
   uint32_t rounded;

@@ -14,6 +14,7 @@ from resnet_fast.fuse.match import REASONS
 from resnet_fast.fuse.prefix import Prefix
 from resnet_fast.fuse.program import Program, site_refusal
 from resnet_fast.fuse.steps import SiteTarget
+from resnet_fast.nn.blocks import BasicBlock, Bottleneck
 from resnet_fast.nn.sequence import Sequenced, Sequences
 from resnet_fast.plan import REASONS as PLAN_REASONS
 from resnet_fast.plan import model_rows
@@ -164,7 +165,11 @@ def _calls(model: nn.Module) -> list[str]:
         state = module.__dict__.get(STATE)
         if state is not None:
             chains += [program.chains for program in dict.fromkeys(state.programs.values())]
-    return [*lines, *(line for known in chains for line in known.lines())]
+    lines += [line for known in chains for line in known.lines()]
+    for path, module in model.named_modules():
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            lines += [f"{path}: {line}" for line in module.trained.lines()]
+    return lines
 
 
 def _plain(model: nn.Module) -> Explanation:

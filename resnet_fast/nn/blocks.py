@@ -17,6 +17,7 @@ from resnet_fast.errors import ArgumentError, DTypeError
 from resnet_fast.nn.prepared import is_autocasting
 from resnet_fast.nn.sequence import Sequenced, plain
 from resnet_fast.nn.site import FusedSite
+from resnet_fast.nn.training import BlockTraining
 
 NormLayer = Callable[..., nn.Module]
 
@@ -228,9 +229,11 @@ class BasicBlock(nn.Module):
         self.site1 = FusedSite("relu", "conv1")
         self.site2 = FusedSite("relu", "conv2")
         self.site_downsample = _shortcut_site(downsample)
+        self.trained = BlockTraining()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(x, self.start(x))
+        y = self.trained.forward(self, x) if self.training and type(self) is BasicBlock else None
+        return self.finish(x, self.start(x)) if y is None else y
 
     def start(self, x: Tensor) -> Tensor:
         """The first convolution."""
@@ -287,9 +290,11 @@ class Bottleneck(nn.Module):
         self.site2 = FusedSite("relu", "conv2")
         self.site3 = FusedSite("relu", "conv3")
         self.site_downsample = _shortcut_site(downsample)
+        self.trained = BlockTraining()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(x, self.middle(self.start(x)))
+        y = self.trained.forward(self, x) if self.training and type(self) is Bottleneck else None
+        return self.finish(x, self.middle(self.start(x))) if y is None else y
 
     def start(self, x: Tensor) -> Tensor:
         """The first convolution."""

@@ -14,6 +14,8 @@ from resnet_fast.ops.add_act import add_act  # noqa: E402
 from resnet_fast.ops.bn_act import bn_act  # noqa: E402
 from resnet_fast.ops.bn_act_train import bn_act_train  # noqa: E402
 from resnet_fast.ops.conv_bn_act import conv_bn_act  # noqa: E402
+from resnet_fast.ops.conv_stats import conv_stats  # noqa: E402
+from resnet_fast.ops.norm_act import norm_act  # noqa: E402
 from resnet_fast.ops.residual_chain import residual_chain  # noqa: E402
 from resnet_fast.ops.stem_pool import stem_pool  # noqa: E402
 
@@ -30,15 +32,20 @@ from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
 OPS = ("conv_bn_act", "bn_act", "add_act", "bn_act_train")
 # Ops that stand for several layers: a kernel of their own on CUDA, elsewhere the layers' ops.
 FUSED = ("residual_chain", "stem_pool")
+# Ops of training that have kernels on CUDA, and elsewhere the layers' ops.
+TRAINING = ("conv_stats", "norm_act")
 
 __all__ = [
     "FUSED",
     "OPS",
+    "TRAINING",
     "add_act",
     "bn_act",
     "bn_act_train",
     "conv_bn_act",
+    "conv_stats",
     "module",
+    "norm_act",
     "residual_chain",
     "stem_pool",
 ]

@@ -1,14 +1,16 @@
 """What a call of an op moves and computes, said by the op itself: the traffic account's source.
 
-Each contract file ``ops/<op>.py`` of an op that inference runs has a function ``work`` with the
-op's own parameters, in the op's own order, which returns a :class:`Work`. It serves the op and its
-private registrations ``_<op>_triton`` and ``_<op>_cuda``, and finds its tensors on the meta device:
-it may look at shapes, dtypes and strides, never at data. :func:`of` finds it by the op's name, so
-that a new op enters the account with its file and nothing else.
+Each contract file ``ops/<op>.py`` has a function ``work`` with the op's own parameters, in the op's
+own order, which returns a :class:`Work`, or a list of them, one a kernel. It serves the op and its
+private registrations ``_<op>_triton`` and ``_<op>_cuda``; a ``work_backward`` beside it serves the
+op ``_<op>_backward`` in the same way. They find their tensors on the meta device: they may look at
+shapes, dtypes and strides, never at data. :func:`of` finds them by the op's name, so that a new op
+enters the account with its file and nothing else.
 
 The rules of counting, the same for every op:
 
-- one call is one launch, whose on-chip memory and L2 are large enough to read nothing twice;
+- a kernel's on-chip memory and L2 are large enough to read nothing twice, and nothing is left there
+  for the next kernel;
 - ``read`` holds every element that the result depends on, once, in whole lines of memory
   (:func:`window`); a tensor that is passed as two arguments and read once counts once;
 - ``written`` holds every output once; what stays on chip is neither;
@@ -37,6 +39,13 @@ class Work(NamedTuple):
     written: int
     flops: int = 0
     parameters: int = 0
+
+
+def total(works: Work | list[Work]) -> tuple[int, Work]:
+    """How many kernels there are, and the work of them all."""
+    if isinstance(works, Work):
+        return 1, works
+    return len(works), Work(*map(sum, zip(*works, strict=True)))
 
 
 def nbytes(*tensors: Tensor | None) -> int:
@@ -82,15 +91,19 @@ def base(name: str) -> str:
     return name.removeprefix("_").removesuffix("_triton").removesuffix("_cuda")
 
 
-def of(name: str) -> Callable[..., Work] | None:
-    """``work`` of the op that ``resnet_fast::name`` is a registration of, or None."""
+def of(name: str) -> Callable[..., Work | list[Work]] | None:
+    """``work`` or ``work_backward`` that ``resnet_fast::name`` is a registration of, or None."""
     from resnet_fast import ops
 
-    op = base(name)
-    if name not in (op, f"_{op}_triton", f"_{op}_cuda") or op not in (*ops.OPS, *ops.FUSED):
+    called = base(name)
+    op = called.removesuffix("_backward")
+    # What has a backward is public, the backward itself is not.
+    plain = op if op == called else f"_{called}"
+    listed = (*ops.OPS, *ops.FUSED, *ops.TRAINING)
+    if name not in (plain, f"_{called}_triton", f"_{called}_cuda") or op not in listed:
         return None
-    work = getattr(ops.module(op), "work", None)
-    if work is None or name == op:
+    work = getattr(ops.module(op), "work" if op == called else "work_backward", None)
+    if work is None or name == plain:
         return work
     # A registration may take more than its op does: which of its kernels runs.
     taken = len(inspect.signature(work).parameters)

@@ -57,6 +57,11 @@ def work(x: Tensor, residual: Tensor, act: str = "none") -> _work.Work:
     return _work.Work(_work.nbytes(x, residual), _work.nbytes(x))
 
 
+def work_backward(grad_y: Tensor, x: Tensor, residual: Tensor, act: str) -> _work.Work:
+    """What the backward moves: the sum is computed again."""
+    return _work.Work(_work.nbytes(grad_y, x, residual), _work.nbytes(x))
+
+
 def _fake(x: Tensor, residual: Tensor, act: str) -> Tensor:
     check(x, residual, act)
     return _checks.empty_output(x, x.shape)

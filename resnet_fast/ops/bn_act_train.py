@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.errors import ArgumentError
-from resnet_fast.ops import _checks, activation
+from resnet_fast.ops import _checks, _work, activation
 
 
 def check(
@@ -97,6 +97,53 @@ def reference(
     return activation.value(act, z), mean, torch.rsqrt(var + eps)
 
 
+def work(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "none",
+) -> list[_work.Work]:
+    """What :func:`bn_act_train` moves on CUDA, pass by pass (csrc/cuda/bn_act_train.cuh).
+
+    One pass measures, a small kernel joins its partial sums, one pass normalises. The partial sums,
+    whose number is the device's and no shape's, are left out: a few kilobytes a block.
+    """
+    statistics = 2 * _work.nbytes(_statistic(x))
+    parameters = statistics + _work.nbytes(weight, bias)
+    return [
+        _work.Work(_work.nbytes(x), 0),
+        _work.Work(0, statistics),
+        _work.Work(_work.nbytes(x, residual) + parameters, _work.nbytes(x), 0, parameters),
+    ]
+
+
+def work_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    act: str,
+) -> list[_work.Work]:
+    """The same for the backward: one pass for the sums, a small kernel, one for the gradients.
+
+    Both passes read the gradient, x and the residual, which the activation's slope depends on.
+    ``grad_z`` is written whether there is a residual or not.
+    """
+    parameters = _work.nbytes(mean, rstd, weight, bias)
+    seen = _work.nbytes(grad_y, x, None if act == "none" else residual) + parameters
+    sums = _work.nbytes(mean, rstd)
+    return [
+        _work.Work(seen, 0, 0, parameters),
+        _work.Work(0, 2 * sums),
+        _work.Work(seen + sums, 2 * _work.nbytes(x), 0, parameters),
+    ]
+
+
 def _statistic(x: Tensor) -> Tensor:
     return torch.empty([x.shape[1]], dtype=_checks.parameter_dtype(x.dtype), device=x.device)
 
@@ -136,6 +183,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, bias, residual, eps, act = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    # Theirs would be filled with zeros, in a kernel each.
+    ctx.set_materialize_grads(False)
     # The residual and the bias enter the derivative through the activation alone.
     linear = act == "none"
     ctx.save_for_backward(
@@ -175,8 +224,10 @@ def _differentiable_backward(
 
 
 def _backward(
-    ctx: Any, grad_y: Tensor, grad_mean: Tensor | None, grad_rstd: Tensor | None
+    ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_rstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 6
     if torch.is_grad_enabled():  # create_graph: the backward op has no derivative of its own
         x, weight, bias, residual = ctx.saved_tensors[:4]
         grads = _differentiable_backward(grad_y, x, weight, bias, residual, ctx.eps, ctx.act)

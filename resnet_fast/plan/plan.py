@@ -22,6 +22,7 @@ _FORMAT = "resnet_fast plan 1"
 GROUPS = {
     "residual_chain": ("residual_chain",),
     "stem_pool": ("stem_pool", "stem_pool_cuda"),
+    "conv_stats": ("conv_stats",),
 }
 LAYERS = "layers"
 # A hostile or mistaken file must not be able to fill the memory; ResNet-152 needs under 50 KiB.

@@ -1,10 +1,11 @@
 """The traffic account: what a network's launches move and compute, counted without running them.
 
 The network runs on meta tensors, where an op yields shapes and nothing else, under a dispatch mode
-that notes every op. An op of this package says itself what it moves (:mod:`resnet_fast.ops._work`),
-one of the framework's is in :mod:`resnet_fast.plan.framework_work`, and any other is counted by its
-inputs and outputs and marked as such. Real tensors, and not fake ones: those are a subclass, for
-which a site would take the framework's path.
+that notes every op, those of a backward too. An op of this package says itself what it moves
+(:mod:`resnet_fast.ops._work`), one of the framework's is in
+:mod:`resnet_fast.plan.framework_work` or :mod:`resnet_fast.plan.framework_training`, and any other
+is counted by its inputs and outputs and marked as such. Real tensors, and not fake ones: those are
+a subclass, for which a site would take the framework's path.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -24,18 +26,18 @@ from resnet_fast import ops
 from resnet_fast.errors import ArgumentError, LibraryError, PlanError
 from resnet_fast.ops import _pack, _work
 from resnet_fast.ops._work import Work
-from resnet_fast.plan import binding, framework_work, model_sites
+from resnet_fast.plan import binding, framework_training, framework_work, model_sites
 from resnet_fast.plan.devices import Device
 from resnet_fast.plan.plan import GROUPS, LAYERS, Entry, Plan
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One dispatcher op of a forward, for the whole batch.
+    """One dispatcher op, for the whole batch.
 
     Attributes:
         op: its name, ``resnet_fast::conv_bn_act``.
-        path: the module that called it; the convolution's, for a site.
+        path: the module that called it, or whose derivative it is; the convolution's, for a site.
         launches: kernels that it starts.
         work: bytes and operations.
         arithmetic: what its products are computed in, as :class:`Device` lists the peaks.
@@ -53,20 +55,75 @@ class Launch:
     outputs: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True)
+class Step:
+    """The launches of a training step without the optimizer.
+
+    Attributes:
+        forward: those of the model and the loss, in order.
+        backward: those of the gradients, in order.
+        kept: bytes that the forward leaves for the backward: each storage that autograd holds when
+            the loss is there, but for parameters and buffers. The images are among them.
+    """
+
+    forward: list[Launch]
+    backward: list[Launch]
+    kept: int
+
+    @property
+    def launches(self) -> list[Launch]:
+        """All of them."""
+        return [*self.forward, *self.backward]
+
+
 def account(model: nn.Module, *inputs: Tensor) -> list[Launch]:
     """Every launch of ``model(*inputs)`` in ``eval()``, in order; all of it on the meta device.
 
     Work that is paid once for a parameter (folding, packing) is left out. Raises ``ArgumentError``
     for a model or an input on another device.
     """
-    tensors = [*inputs, *model.parameters(), *model.buffers()]
-    for tensor in tensors:
-        if not tensor.is_meta:
-            raise ArgumentError("model", "tensors on the meta device", f"one on {tensor.device}")
+    _check_meta(model, *inputs)
     # Not in inference mode, where composite ops reach a mode whole, before they are taken apart.
     with torch.no_grad(), _Account(model) as noted:
         model(*inputs)
     return noted.launches
+
+
+def account_step(model: nn.Module, x: Tensor) -> Step:
+    """Every launch of one training step of ``model`` on ``x``; all of it on the meta device.
+
+    The loss is the cross-entropy of the model's logits [N, classes]; gradients are those of the
+    parameters that take one. Raises ``ArgumentError`` for a model that is in ``eval()``, has no
+    such parameter or gives no logits, and for a model or an input on another device.
+    """
+    _check_meta(model, x)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not model.training:
+        raise ArgumentError("model", "a model in train()", "one in eval()")
+    if not learned:
+        raise ArgumentError("model", "a parameter that takes a gradient", "none")
+    noted = _StepAccount(model)
+    with torch.enable_grad(), noted:
+        with torch.autograd.graph.saved_tensors_hooks(noted.pack, noted.unpack):
+            logits = model(x)
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                raise ArgumentError("model", "logits of shape [N, classes]", _described(logits))
+            target = torch.empty(logits.shape[0], dtype=torch.int64, device="meta")
+            loss = F.cross_entropy(logits, target)
+        forward, kept = len(noted.launches), noted.kept
+        # Not backward(), which would also give each gradient the layout of its parameter.
+        torch.autograd.grad(loss, learned, allow_unused=True)
+    return Step(noted.launches[:forward], noted.launches[forward:], kept)
+
+
+def _check_meta(model: nn.Module, *inputs: Tensor) -> None:
+    for tensor in (*inputs, *model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            raise ArgumentError("model", "tensors on the meta device", f"one on {tensor.device}")
+
+
+def _described(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 class _Account(TorchDispatchMode):
@@ -99,7 +156,7 @@ class _Account(TorchDispatchMode):
         self.launches.append(
             Launch(
                 func._schema.name,
-                self._path() or self._home(taken) or "",
+                self._place(taken),
                 launches,
                 work,
                 framework_work.arithmetic(func, dtype),
@@ -110,12 +167,15 @@ class _Account(TorchDispatchMode):
         )
         return result
 
+    def _place(self, taken: Sequence[Tensor]) -> str:
+        return self._path() or self._home(taken) or ""
+
     def _home(self, tensors: Sequence[Tensor]) -> str | None:
         return next((self._homes[t] for t in tensors if t in self._homes), None)
 
     def _path(self) -> str:
         """The innermost module on the stack: hooks, which would tell, switch fusion off."""
-        frame = sys._getframe(2)
+        frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_varnames[:1] == ("self",):
                 path = self._paths.get(id(frame.f_locals.get("self")))
@@ -123,6 +183,43 @@ class _Account(TorchDispatchMode):
                     return path
             frame = frame.f_back  # type: ignore[assignment]
         return ""
+
+
+class _StepAccount(_Account):
+    """Also what autograd keeps, and by it the module that a node of the backward belongs to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+        # The tensors are held: the address of a storage that is gone may be another's.
+        self._kept: dict[int, Tensor] = {}
+        self._node: str | None = None
+
+    @property
+    def kept(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+    def pack(self, tensor: Tensor) -> tuple[str, Tensor]:
+        tensor = tensor.detach()
+        if _storage(tensor) not in self._own:
+            self._kept[_storage(tensor)] = tensor
+        return self._path(), tensor
+
+    def unpack(self, kept: tuple[str, Tensor]) -> Tensor:
+        # A node asks for what it kept before it launches anything; one that kept nothing, as the
+        # sum of two gradients, counts to the node before it.
+        self._node, tensor = kept
+        return tensor
+
+    def _place(self, taken: Sequence[Tensor]) -> str:
+        # A block that trains as a whole runs its convolutions itself: their weights tell.
+        path = super()._path() if self._node is None else self._node
+        home = self._home(taken) or ""
+        return home if not path or home.startswith(f"{path}.") else path
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -136,8 +233,11 @@ def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = _work.base(name)
         if op in ops.OPS:
             return ops.module(op)._fake(*args, **kwargs)
-    result = framework_work.on_meta(func, args)
-    return func(*args, **kwargs) if result is NotImplemented else result
+    for framework in (framework_work, framework_training):
+        result = framework.on_meta(func, args)
+        if result is not NotImplemented:
+            return result
+    return func(*args, **kwargs)
 
 
 def _counted(
@@ -148,11 +248,12 @@ def _counted(
     namespace, _, name = qualified.partition("::")
     work = _work.of(name) if namespace == "resnet_fast" else None
     if work is not None:
-        return 1, work(*args, **kwargs), True
-    framework = framework_work.WORK.get(qualified)
-    counted = None if framework is None else framework(result, *args, **kwargs)
-    if counted is not None:
-        return *counted, True
+        return *_work.total(work(*args, **kwargs)), True
+    for known in (framework_work.WORK, framework_training.WORK):
+        framework = known.get(qualified)
+        counted = None if framework is None else framework(result, *args, **kwargs)
+        if counted is not None:
+            return *counted, True
     read, written = _work.nbytes(*_tensors((args, kwargs))), _work.nbytes(*_tensors(result))
     return 1, Work(read, written), False
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from resnet_fast import ops
 from resnet_fast.nn.site import FusedSite
 
 _RELU = frozenset({torch.relu, torch.relu_, F.relu, Tensor.relu, Tensor.relu_})
@@ -32,7 +33,8 @@ _RELU = frozenset({torch.relu, torch.relu_, F.relu, Tensor.relu, Tensor.relu_})
 class Branch(TorchFunctionMode):
     """Records, in order, which side of its kink every ReLU and max-pool of ``model`` is on.
 
-    Within the context ``model`` is to run once; a fused site with ReLU counts as the ReLU it holds.
+    Within the context ``model`` is to run once; a fused site with ReLU counts as the ReLU it holds,
+    as do the ops that blocks train by.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,6 +76,13 @@ class Branch(TorchFunctionMode):
         elif func is F.max_pool2d:
             options = kwargs | {"return_indices": True}
             self.choices.append(func(args[0].detach(), *args[1:], **options)[1])
+        elif func is torch.ops.resnet_fast.norm_act.default and args[7] == "relu":
+            self.choices.append(y.detach() > 0)
+        elif func is torch.ops.resnet_fast.conv_stats.default and args[7] == "relu":
+            x, _, mean, rstd, weight, bias, eps, act = args[:8]
+            weight, bias = (t if t is None else t.detach() for t in (weight, bias))
+            operand = ops.norm_act(x.detach(), mean, rstd, weight, bias, None, eps, act)
+            self.choices.append(operand > 0)
         return y
 
     def imposed(self) -> TorchFunctionMode:

@@ -4,7 +4,7 @@
 // parts; tensors: x, weight, scale, shift, residual; output: y.
 #include "cuda.h"
 
-#include "driver.h"
+#include "conv_shape.h"
 
 #include "../../csrc/cuda/conv_tiles.cuh"
 #include "../../csrc/cuda/grid.h"
@@ -14,23 +14,9 @@ namespace {
 using namespace resnet_fast;
 using cuda_on_host::Case;
 
-ConvShape read_shape(const Case& c) {
-  const auto at = [&](const char* name) { return static_cast<int>(c.integer(name)); };
-  ConvShape s{};
-  s.batch = at("batch"), s.height = at("height"), s.width = at("width");
-  s.channels = at("channels"), s.filters = at("filters");
-  s.out_height = at("out_height"), s.out_width = at("out_width");
-  s.kernel_h = at("kernel_h"), s.kernel_w = at("kernel_w");
-  s.stride_h = at("stride_h"), s.stride_w = at("stride_w");
-  s.pad_h = at("pad_h"), s.pad_w = at("pad_w");
-  s.dilation_h = at("dilation_h"), s.dilation_w = at("dilation_w");
-  s.groups = at("groups"), s.group_channels = s.channels / s.groups;
-  return s;
-}
-
 template <typename T>
 int run(Case& c) {
-  const ConvShape s = read_shape(c);
+  const ConvShape s = cuda_on_host::read_conv_shape(c);
   const int64_t pixels = int64_t{s.batch} * s.out_height * s.out_width;
   const int64_t numel = pixels * s.filters;
   const T* x = c.input<T>("x");

@@ -86,8 +86,9 @@ inline uint32_t round_to_tf32(uint32_t bits) {
   return (finite ? bits + 0x1000u : bits) & ~0x1fffu;
 }
 
+// cvt.rn.bf16, whose only NaN has all bits set.
 inline uint16_t round_to_bf16(float value) {
-  return resnet_fast::Narrow<resnet_fast::bf16>::from(value).bits;
+  return std::isnan(value) ? 0x7fff : resnet_fast::Narrow<resnet_fast::bf16>::from(value).bits;
 }
 
 template <typename T>

@@ -1,8 +1,9 @@
 // One instruction of ptx.cuh a kernel, of which the tests know the results: a warp with its
-// operands in `in`, a row for each lane, and its results in `out`. nvcc compiles these too.
+// operands in `in`, a row for each lane, and its results in `out`, which begins as zeros.
 #pragma once
 
 #include <bit>
+#include <string>
 
 #include "../../csrc/cuda/ptx.cuh"
 
@@ -100,11 +101,12 @@ __global__ void add(uint32_t* out) {
   out[1 + thread] = atomic_add(out, thread);
 }
 
-// out: the thread's number by its indices, in the order in which the threads came.
+// out: the threads' numbers by their indices, in the order in which they came, twice each.
 __global__ void visit(uint32_t* out) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-  out[1 + atomic_add(out, 1)] = block * (blockDim.x * blockDim.y * blockDim.z) + thread;
+  for (unsigned i = 0; i < 2; ++i)
+    out[1 + atomic_add(out, 1)] = block * (blockDim.x * blockDim.y * blockDim.z) + thread;
 }
 
 // The sum over 64 threads of what each gives its neighbour, through global memory.
@@ -120,11 +122,40 @@ __global__ void synchronise(const uint32_t* in, uint32_t* out) {
   for (unsigned i = 0; i < blockDim.x; ++i) out[0] += out[1 + i];
 }
 
-// On the host instantiated by main.
-#if defined(__CUDACC__)
-template __global__ void multiply<fp16>(const uint32_t*, uint32_t*);
-template __global__ void multiply<bf16>(const uint32_t*, uint32_t*);
-template __global__ void multiply<float>(const uint32_t*, uint32_t*);
-#endif
+// Calls launch(grid, block, shared bytes, kernel, arguments...) for the kernel of that name; `data`
+// of `bytes` bytes is load's. False if there is none.
+template <typename Launch>
+bool select(const std::string& kernel, const Launch& launch, const uint32_t* in,
+            const uint32_t* data, uint32_t bytes, uint32_t* out) {
+  if (kernel == "load")
+    launch(1, kWarp, bytes, load, in, data, bytes / 4, out);
+  else if (kernel == "fp16")
+    launch(1, kWarp, 0, multiply<fp16>, in, out);
+  else if (kernel == "bf16")
+    launch(1, kWarp, 0, multiply<bf16>, in, out);
+  else if (kernel == "tf32")
+    launch(1, kWarp, 0, multiply<float>, in, out);
+  else if (kernel == "round")
+    launch(1, kWarp, 0, round, in, out);
+  else if (kernel == "narrow")
+    launch(1, kWarp, 0, narrow, in, out);
+  else if (kernel == "larger")
+    launch(1, kWarp, 0, larger, in, out);
+  else if (kernel == "exchange")
+    launch(1, kWarp, 0, exchange, in, out);
+  else if (kernel == "copy")
+    launch(1, kWarp, kWarp * 64, copy, in, out);
+  else if (kernel == "look")
+    launch(2, 1, 1004, look, 251, out);
+  else if (kernel == "add")
+    launch(3, 70, 0, add, out);
+  else if (kernel == "visit")
+    launch(dim3(2, 3, 2), dim3(5, 3, 4), 0, visit, out);
+  else if (kernel == "synchronise")
+    launch(1, 64, 64 * 4, synchronise, in, out);
+  else
+    return false;
+  return true;
+}
 
 }  // namespace resnet_fast

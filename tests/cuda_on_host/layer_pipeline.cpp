@@ -56,6 +56,7 @@ __global__ void product(const fp16* a, const fp16* b, float* y, unsigned rows, u
       sync_warp();
     else if (!is("no_barrier_before_reading"))
       sync_block();
+    if (is("a_lane_leaves") && lane == 9) return wait_copies<0>();
     const SharedAddress stage = base + step % 2 * kStageBytes;
     const unsigned row = warp * 16 + lane % 16, column = kRows + lane % 8;
     const unsigned chunk = (lane / 16) ^ (is("another_swizzle") ? row / 8 % 2 : 0);

@@ -1,0 +1,174 @@
+"""A network's convolutions, one by one: every candidate verified, then timed beside the others.
+
+    python -m benchmarks.convolutions --model resnet50 --batch 128 --dtype fp16 --out conv.json
+
+For each distinct convolution of the network, with its batch norm, residual and activation: the
+candidates of its site that hold against fp64 (cuDNN's own path among them), in one interleaved run,
+the second-level cache cleared before each call. Bytes are those the layer has to move, so GB/s and
+the share of the roofline are comparable with a copy's. A candidate that leaves its error budget is
+listed and not timed. ``--once`` runs each of this package's CUDA kernels once, for a sanitizer to
+watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import resnet_fast
+from benchmarks.chains import interleaved
+from resnet_fast import ops
+from resnet_fast.bench.report import environment, save_json
+from resnet_fast.nn.site import FusedSite
+from resnet_fast.plan import devices
+from resnet_fast.plan.candidate import CANDIDATES, Candidate
+from resnet_fast.plan.site import DTYPES, Site
+from resnet_fast.plan.verify import random_inputs, verify
+from resnet_fast.testing.networks import randomize_batchnorm_
+from resnet_fast.verify import dtype_from_name
+
+OURS = "implicit_gemm"
+
+
+def sites(model: str, batch: int, size: int, dtype: torch.dtype, device: str) -> list[Site]:
+    """The distinct convolutions of a network at this batch, in its order."""
+    torch.manual_seed(0)
+    network = randomize_batchnorm_(getattr(resnet_fast, model)()).eval().to(device, dtype)
+    network = network.to(memory_format=torch.channels_last)
+    network.chains = network.sequences = None
+    images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
+    with torch.inference_mode():
+        network(images.contiguous(memory_format=torch.channels_last))
+    found: dict[str, Site] = {}
+    for module in network.modules():
+        if isinstance(module, FusedSite):
+            for _, site in module._bindings.values():
+                found.setdefault(site.key, site)
+    return list(found.values())
+
+
+def measure(site: Site, batch: int, device: torch.device, reps: int) -> dict[str, Any]:
+    """One row: bytes, and every candidate's verdict, median and quartiles."""
+    x, args, residual = random_inputs(site, device, batch)
+    work = ops.module("conv_bn_act").work(
+        x, args.weight, args.mean, args.var, residual, *args[7:], site.act
+    )
+    row: dict[str, Any] = {
+        "key": site.key,
+        "bytes": work.read + work.written,
+        "flops": work.flops,
+        "candidates": {},
+    }
+    known = devices.of(device)
+    if known is not None:
+        kind = {"float16": "fp16", "bfloat16": "bf16"}.get(site.dtype, "tf32")
+        seconds, row["roof"] = known.seconds(row["bytes"], work.flops, kind)
+        row["roofline_us"] = seconds * 1e6
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, candidate in CANDIDATES.items():
+        if candidate.reject(site) is not None:
+            continue
+        entry: dict[str, Any] = {}
+        if name != "aten":
+            verdict = verify(site, candidate, device)
+            entry = {"ok": verdict.ok, "error": verdict.error, "limit": verdict.limit}
+        if candidate.variant is not None:
+            entry["variant"] = candidate.variant(site)
+        row["candidates"][name] = entry
+        if entry.get("ok", True):
+            runs[name] = functools.partial(candidate.run, x, args, residual, site.act)
+    with torch.inference_mode():
+        for name, samples in interleaved(runs, device, reps).items():
+            low, median, high = statistics.quantiles([*samples, *samples], n=4)
+            row["candidates"][name] |= {"median_us": median, "quartiles_us": [low, high]}
+    return row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One convolution a line: this package's best kernel beside cuDNN's best path."""
+    lines = [
+        f"{'x':>18} {'weight':>16} {'roof us':>8} {'ours':<26} {'us':>8} {'rival':<12} {'us':>8} "
+        f"{'ratio':>6}"
+    ]
+    for row in rows:
+        us = {k: v["median_us"] for k, v in row["candidates"].items() if "median_us" in v}
+        mine = {k: v for k, v in us.items() if k.startswith(OURS)}
+        rivals = {k: v for k, v in us.items() if k not in mine and k != "triton"}
+        best = min(mine, key=mine.__getitem__, default="-")
+        rival = min(rivals, key=rivals.__getitem__, default="-")
+        a, b = mine.get(best, float("nan")), rivals.get(rival, float("nan"))
+        parts = row["key"].split("|")
+        lines.append(
+            f"{parts[1]:>18} {parts[2]:>16} {row.get('roofline_us', float('nan')):>8.1f} "
+            f"{best:<26} {a:>8.1f} {rival:<12} {b:>8.1f} {b / a:>6.2f}"
+        )
+        wrong = [k for k, v in row["candidates"].items() if not v.get("ok", True)]
+        if wrong:
+            lines.append(f"{'':>18} beyond the error budget, not timed: {', '.join(wrong)}")
+    return "\n".join(lines)
+
+
+def run_once(site: Site, device: torch.device, batch: int) -> None:
+    """Each of this package's CUDA kernels that takes the site."""
+    x, args, residual = random_inputs(site, device, batch)
+    for name, candidate in CANDIDATES.items():
+        if name.startswith(OURS) and candidate.reject(site) is None:
+            _run(candidate, x, args, residual, site.act)
+            print(f"{name} at {site.key}")
+
+
+def _run(candidate: Candidate, x: Tensor, args: Any, residual: Tensor | None, act: str) -> None:
+    with torch.inference_mode():
+        candidate.run(x, args, residual, act)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 where one of this package's kernels left its error budget."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convolutions", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--dtype", default="fp16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--reps", type=int, default=20)
+    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    dtype, device = dtype_from_name(options.dtype), torch.device(options.device)
+    found = sites(options.model, options.batch, options.size, dtype, options.device)
+    assert all(DTYPES[site.dtype] is dtype for site in found)
+    if options.once:
+        for site in found:
+            run_once(site, device, options.batch)
+        return 0
+    rows: list[dict[str, Any]] = []
+    for site in found:
+        rows.append(measure(site, options.batch, device, options.reps))
+        result = {
+            "schema": 1,
+            "command": "python -m benchmarks.convolutions " + " ".join(argv or sys.argv[1:]),
+            "environment": environment(torch.get_num_threads()),
+            "model": options.model,
+            "dtype": options.dtype,
+            "batch": options.batch,
+            "size": options.size,
+            "convolutions": rows,
+        }
+        if options.out is not None:
+            save_json(result, options.out)
+    print(table(rows))
+    entries = [(k, v) for row in rows for k, v in row["candidates"].items()]
+    return int(not all(v.get("ok", True) for k, v in entries if k.startswith(OURS)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
