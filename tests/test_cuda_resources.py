@@ -35,6 +35,7 @@ SIZED_AT_LAUNCH = {
     r"(channels_last|planes)_sums_kernel": "combine_bytes of 256 threads: 18 KB",
     r"finish_kernel": "combine_bytes of 1024 threads: 20 KB",
     r"conv_grouped_kernel": "the weights of kGroupedWeights taps: 48 KB",
+    r"stem_pool_kernel": "what choose_stem_tiling finds room for: half a multiprocessor's, or all",
 }
 
 # The devices that the library promises to run on.
@@ -62,6 +63,10 @@ RULES = (
     Rule("conv_bn_act", r"conv_bn_act_kernel<\w+, ConvTile<.*\b16>", PRODUCT | {WIDE_COPY: 1}),
     Rule("conv_bn_act", r"conv_bn_act_kernel<\w+, ConvTile<.*\b4>", PRODUCT | {COPY: 1}),
     Rule("conv_bn_act", r"conv_bn_act_kernel<\w+, ConvTile<.*\b0>", PRODUCT),
+    # Operands are words where the image lies: 7 C units of 2 or 4 columns of filters, twice.
+    Rule("stem_pool", r"stem_pool_kernel<", {r"HMMA\.": 32, WIDE_COPY: 1, STORE: 1}),
+    Rule("max_pool", f"max_pool_kernel<{LANES}", {LOAD: 9, STORE: 1}),
+    Rule("max_pool", f"max_pool_backward_kernel<{LANES}", {LOAD: 12, STORE: 4}),
 )
 
 
