@@ -52,6 +52,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "stem_pool(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? input_scale, "
       "Tensor? input_shift, str act) -> Tensor");
+  m.def("_max_pool(Tensor x) -> Tensor");
+  m.def("_max_pool_backward(Tensor grad_y, Tensor x) -> Tensor");
   m.def(
       "_stem_pool_cuda(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? input_scale, "
       "Tensor? input_shift, str act) -> Tensor");

@@ -42,6 +42,7 @@ SIZED_AT_LAUNCH = {
     r"(channels_last|planes)_sums_kernel": "combine_bytes of 256 threads: 18 KB",
     r"(finish|fold_moments)_kernel": "combine_bytes of 1024 threads: 24 KB",
     r"conv_grouped_kernel": "the weights of kGroupedWeights taps: 48 KB",
+    r"stem_pool_kernel": "what choose_stem_tiling finds room for: half a multiprocessor's, or all",
 }
 
 # The devices that the library promises to run on.
@@ -73,6 +74,10 @@ RULES = (
         for op in ("conv_bn_act", "conv_stats")
         for width, copy in ((16, {WIDE_COPY: 1}), (4, {COPY: 1}), (0, {}))
     ),
+    # Operands are words where the image lies: 7 C units of 2 or 4 columns of filters, twice.
+    Rule("stem_pool", r"stem_pool_kernel<", {r"HMMA\.": 32, WIDE_COPY: 1, STORE: 1}),
+    Rule("max_pool", f"max_pool_kernel<{LANES}", {LOAD: 9, STORE: 1}),
+    Rule("max_pool", f"max_pool_backward_kernel<{LANES}", {LOAD: 12, STORE: 4}),
 )
 
 

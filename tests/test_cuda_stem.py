@@ -1,5 +1,5 @@
-"""The CUDA library's kernel of the stem on a device; its device code is in
-tests/test_cuda_host_stem_pool.py, what decides about it in tests/test_stem.py."""
+"""The CUDA library's kernels of the stem on a device; their device code is in
+tests/test_cuda_host_stem_pool.py and test_cuda_host_max_pool.py, what decides in test_stem.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stem_host_support import Arguments, draw, reference
+from stem_host_support import Arguments, draw, laid_out, reference
 from torch import Tensor
 
 from resnet_fast import ops
@@ -149,3 +149,24 @@ def test_beyond_32_bit_indices(layout: str) -> None:
     y = OP(*a._replace(x=x))
     assert y.numel() > 1 << 31
     assert torch.equal(y[-1:], OP(*a)) and torch.equal(y[0], y[350])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+def test_max_pool(dtype: torch.dtype, layout: str) -> None:
+    """Values, and gradients summed in fp32, are the framework's, bit for bit, at every run."""
+    for channels, size in ((64, (56, 57)), (5, (9, 12)), (8, (1, 1))):
+        x = laid_out(torch.randint(-9, 9, (4, channels, *size)).to(dtype), layout).cuda()
+        x[0, 0, 0, 0] = torch.nan
+        # On the CPU, whose kernel adds in one order.
+        leaf = x.cpu().to(dtype if dtype is torch.float64 else torch.float32).requires_grad_()
+        wide = torch.nn.functional.max_pool2d(leaf, 3, 2, 1)
+        grad_y = torch.randn(wide.shape, dtype=torch.float64).to(dtype)
+        (grad,) = torch.autograd.grad(wide, leaf, grad_y.to(wide.dtype))
+        ours = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = torch.ops.resnet_fast._max_pool(ours)
+        assert y.is_contiguous(memory_format=output_format(x))
+        assert torch.equal(y.cpu().nan_to_num(), wide.to(dtype).nan_to_num())
+        for _ in range(3):
+            (found,) = torch.autograd.grad(y, ours, grad_y.cuda(), retain_graph=True)
+            assert torch.equal(found.cpu(), grad.to(dtype))

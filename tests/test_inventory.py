@@ -27,6 +27,8 @@ SHARED = {
     "_run_sequence": "sequence",
     "_sequence_bytes": "sequence",
     "_free_sequence": "sequence",
+    "_max_pool": "max_pool",
+    "_max_pool_backward": "max_pool",
 }
 # Backends of an op beyond the CPU's.
 KERNELS = {"conv_bn_act", "add_act", "bn_act"}

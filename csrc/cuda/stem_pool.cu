@@ -14,33 +14,32 @@ int attribute(cudaDeviceAttr name, const Tensor& t) {
 }
 
 template <typename T, int C>
-void launch(StemArguments<T> a, const StemDevice& device, cudaStream_t stream) {
+void launch(const Tensor& x, const StemArguments<T>& a, const StemDevice& device) {
   STD_TORCH_CHECK(a.grid.blocks <= INT32_MAX && a.grid.slices <= UINT16_MAX,
                   "tensor too large for one launch");
   constexpr auto kKernel = stem_pool_kernel<T, C>;
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.grid.shared));
+  allow_shared_memory<kKernel>(x.get_device_index(), device.shared_of_block);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared));
   const int64_t resident = (device.resident(a.grid.shared) - 1) / a.grid.slices + 1;
   const dim3 grid(static_cast<unsigned>(a.grid.blocks < resident ? a.grid.blocks : resident),
                   static_cast<unsigned>(a.grid.slices));
+  const auto stream = static_cast<cudaStream_t>(current_cuda_stream(x));
   kKernel<<<grid, kStemThreads, static_cast<size_t>(a.grid.shared), stream>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>
-void launch(const StemArguments<T>& a, int64_t channels, const StemDevice& device,
-            cudaStream_t stream) {
-  switch (channels) {
+void launch(const Tensor& x, const StemArguments<T>& a, const StemDevice& device) {
+  switch (x.size(1)) {
     case 1:
-      return launch<T, 1>(a, device, stream);
+      return launch<T, 1>(x, a, device);
     case 2:
-      return launch<T, 2>(a, device, stream);
+      return launch<T, 2>(x, a, device);
     case 3:
-      return launch<T, 3>(a, device, stream);
+      return launch<T, 3>(x, a, device);
     default:
-      return launch<T, 4>(a, device, stream);
+      return launch<T, 4>(x, a, device);
   }
 }
 
@@ -111,7 +110,7 @@ Tensor stem_pool_cuda(const Tensor& x, const Tensor& weight, OptTensor scale, Op
                        .channels_last = format == MemoryFormat::ChannelsLast,
                        .act = code};
     a.access = stem_access(a, count);
-    launch(a, channels, device, static_cast<cudaStream_t>(current_cuda_stream(x)));
+    launch(x, a, device);
   };
   if (dtype == ScalarType::Half) {
     run(TypeTag<fp16>{});

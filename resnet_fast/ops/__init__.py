@@ -21,6 +21,7 @@ from resnet_fast.ops.stem_pool import stem_pool  # noqa: E402
 
 # Other registrations, where their library or Triton is: a saved graph may call them by name.
 from resnet_fast.ops import (  # noqa: E402, F401  # isort: skip
+    _max_pool,
     add_act_triton,
     bn_act_triton,
     conv_bn_act_cuda,
