@@ -261,9 +261,8 @@ def test_a_constant_channel(dtype: torch.dtype, layout: str) -> None:
     problem.x[:, 3] = 0.1  # no sum of them is exact
     found = problem.run(layout)
     assert found["mean"][3] == problem.x[0, 3, 0].to(problem.wide) and found["mean"][7] == 0
-    assert (
-        found["rstd"][3] == found["rstd"][7] == torch.tensor(1 / math.sqrt(EPS), dtype=problem.wide)
-    )
+    expected = torch.tensor(1 / math.sqrt(EPS), dtype=problem.wide)
+    assert found["rstd"][3] == found["rstd"][7] == expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -307,6 +306,7 @@ def test_two_values_a_channel(layout: str) -> None:
 
 
 CHANNELS = "csrc/cuda/channels.cuh"
+MOMENTS = "csrc/cuda/moments.cuh"
 TRAIN = "csrc/cuda/bn_act_train.cuh"
 # What is wrong, the file, its text, the text in its place.
 PLANTED = {
@@ -316,11 +316,11 @@ PLANTED = {
     "the neighbour's lanes": (CHANNELS, "static_cast<int>(start - first) : 0", "0 : 0"),
     "a plane too long": (CHANNELS, "start + plane - first", "start + plane + 1 - first"),
     "half the rows": (CHANNELS, "unsigned half = rows / 2", "unsigned half = rows / 4"),
-    "blocks of one size": (TRAIN, "static_cast<double>(partial.count)", "1.0"),
-    "threads of one size": (TRAIN, "static_cast<C>(own.count) * share", "share"),
-    "rows around nothing": (TRAIN, "middle(row(0), row(1), row(2));", "C(0) * row(0);"),
-    "planes around nothing": (TRAIN, "C(1) / static_cast<C>(added), first)", "C(0), C(0))"),
-    "means of one number": (TRAIN, "(other.sum[kRest][k] - own.sum[kRest][k])", "C(0)"),
+    "blocks of one size": (MOMENTS, "static_cast<double>(partial.count)", "1.0"),
+    "threads of one size": (MOMENTS, "static_cast<C>(own.count) * share", "share"),
+    "rows around nothing": (MOMENTS, "middle(row(0), row(1), row(2));", "C(0) * row(0);"),
+    "planes around nothing": (MOMENTS, "C(1) / static_cast<C>(added), first)", "C(0), C(0))"),
+    "means of one number": (MOMENTS, "(other.sum[kRest][k] - own.sum[kRest][k])", "C(0)"),
     "a mask of one channel": (CHANNELS, "static_cast<Index>(j) < left", "left > 0"),
     "sums for means": (TRAIN, "weight * rstd / values", "weight * rstd"),
 }

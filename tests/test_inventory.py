@@ -36,7 +36,9 @@ CUDA = {"add_act", "bn_act", "bn_act_train"}
 # Ops whose CUDA kernel is a registration of its own: the plan chooses it, or another.
 CUDA_FORMS = {"conv_bn_act", "stem_pool"}
 # Ops with C++ sources.
-OWNERS = {*ops.OPS, *CUDA_FORMS}
+OWNERS = {*ops.OPS, *ops.TRAINING, *CUDA_FORMS}
+# The kernel of an op of training, which the op runs where it takes the tensors.
+TRAINING_KERNELS = {"_conv_stats_cuda"}
 # The algorithms of the sources that are named for their op alone.
 UNNAMED = {
     "conv_bn_act": ["panel_gemm", "depthwise"],
@@ -85,9 +87,10 @@ def inside(name: str, module: str) -> bool:
 
 
 def test_schemas_are_the_listed_ops_their_backwards_and_parts() -> None:
-    listed = {*ops.OPS, *ops.FUSED}
+    listed = {*ops.OPS, *ops.FUSED, *ops.TRAINING}
     forms = {f"_{op}_cuda" for op in CUDA_FORMS}
-    assert set(schemas()) == listed | set(PRIVATE.values()) | PARTS | set(SHARED) | forms
+    private = set(PRIVATE.values()) | PARTS | TRAINING_KERNELS
+    assert set(schemas()) == listed | private | set(SHARED) | forms
 
 
 @pytest.mark.parametrize("op", sorted(CUDA_FORMS))

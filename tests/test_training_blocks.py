@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_networks_step_is_the_frameworks(calls: list[int], name: str) -> None:
     torch.manual_seed(1)
     net = randomize_batchnorm_(getattr(models, name)(num_classes=5)).train()
     net = net.to(memory_format=torch.channels_last)
-    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
     x = x.contiguous(memory_format=torch.channels_last)
     comparison = Comparison(by_layers(net), x, y)
     state = copy.deepcopy(net.state_dict())
@@ -154,7 +155,9 @@ def test_a_plan_decides_without_a_measurement(
         assert len(calls) == count
 
 
-def test_a_wrong_kernel_is_not_used(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_not_used(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     fused = place.run_fused
 
     def wrong(x: Tensor, block: place.TrainBlock) -> Any:
@@ -162,7 +165,7 @@ def test_a_wrong_kernel_is_not_used(calls: list[int], monkeypatch: pytest.Monkey
         return y + 0 * y + (x.mean() - x.mean().detach()), measured  # a wrong gradient of x alone
 
     monkeypatch.setattr(place, "run_fused", wrong)
-    monkeypatch.setenv("RESNET_FAST_CACHE_DIR", "/nonexistent/of/this/test")
+    monkeypatch.setenv("RESNET_FAST_CACHE_DIR", str(tmp_path))
     cache.forget()
     net = block()
     net(images())
@@ -171,12 +174,18 @@ def test_a_wrong_kernel_is_not_used(calls: list[int], monkeypatch: pytest.Monkey
 
 
 def test_verified_with_images_that_take_the_kernels_that_run() -> None:
-    net = block()
-    for batch, size, images_ in ((2, 7, 2), (64, 7, 2), (4, 56, 2), (128, 56, 8)):
-        x = torch.empty(batch, 16, size, size, dtype=torch.float16)
-        taken = place.TrainBlock(*module._place(net, x))
-        assert place._images(x, taken) == images_
-        assert place.variant_of(x, taken, images_) == place.variant_of(x, taken, batch)
+    """As ResNet-50's first stage: the tile of 64 pixels gives way to larger ones at 4 and 8 images."""
+    bn = (None, None, 1e-5)
+    convs = tuple(
+        place.TrainConv(torch.empty(k, c, r, r), *bn, (1, 1), (r // 2, r // 2), (1, 1), 1)
+        for k, c, r in ((64, 256, 1), (64, 64, 3), (256, 64, 1))
+    )
+    taken = place.TrainBlock(convs, None, "relu")
+    for batch, least in ((1, 2), (2, 2), (4, 4), (8, 8), (128, 8)):
+        x = torch.empty(batch, 256, 56, 56, dtype=torch.float16)
+        assert place._images(x, taken) == least
+        if batch > 1:
+            assert place.variant_of(x, taken, least) == place.variant_of(x, taken, batch)
 
 
 def unplain(name: str, net: Any) -> None:

@@ -215,6 +215,15 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Index, Reduce::kPlaneBl
   }
 }
 
+// How the rows of finish_kernel join.
+struct AddPartials {
+  template <typename Sums>
+  __device__ static void combine(Sums& own, const Sums& other) {
+    own.sum[0][0] += other.sum[0][0];
+    own.sum[1][0] += other.sum[1][0];
+  }
+};
+
 // A channel's partials, in fp64: they are few, and the order of a sum of so many values shows in
 // fp32. 32 channels a block, so that a warp reads adjacent partials; thread (row, channel) takes
 // every rows-th.

@@ -201,11 +201,12 @@ def keep_for_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, eps, act = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     # Theirs would be filled with zeros, in a kernel each.
     ctx.set_materialize_grads(False)
-    keep_for_backward(ctx, *inputs[:4], mean, rstd, *inputs[4:])
+    keep_for_backward(ctx, x, weight, bias, residual, mean, rstd, eps, act)
 
 
 def _differentiable_backward(
