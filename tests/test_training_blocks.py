@@ -174,7 +174,7 @@ def test_a_wrong_kernel_is_not_used(
 
 
 def test_verified_with_images_that_take_the_kernels_that_run() -> None:
-    """As ResNet-50's first stage: the tile of 64 pixels gives way to larger ones at 4 and 8 images."""
+    """As ResNet-50's first stage: 64-pixel tiles give way to larger ones at 4 and 8 images."""
     bn = (None, None, 1e-5)
     convs = tuple(
         place.TrainConv(torch.empty(k, c, r, r), *bn, (1, 1), (r // 2, r // 2), (1, 1), 1)

@@ -170,8 +170,21 @@ def _filled(y: Tensor, *_: Any, **__: Any) -> Counted:
     return 1, Work(0, nbytes(y))
 
 
+def _foreach(out: Sequence[Tensor] | None, first: Sequence[Tensor], *rest: Any) -> Counted:
+    """Lists of small tensors in one launch: reads all of them, writes as many as the first has."""
+    read = nbytes(*first, *(t for value in rest if isinstance(value, list) for t in value
+                            if isinstance(t, Tensor)))  # fmt: skip
+    return 1, Work(read, nbytes(*first))
+
+
 WORK: dict[str, Callable[..., Counted]] = {
     "aten::_adaptive_avg_pool2d_backward": _average_pool_backward,
+    "aten::_foreach_add_": _foreach,
+    "aten::_foreach_clamp_min_": _foreach,
+    "aten::_foreach_lerp_": _foreach,
+    "aten::_foreach_mul_": _foreach,
+    "aten::_foreach_pow": _foreach,
+    "aten::_foreach_sub_": _foreach,
     "aten::_log_softmax": _log_softmax,
     "aten::_log_softmax_backward_data": _log_softmax_backward,
     "aten::clamp_": _pointwise,
