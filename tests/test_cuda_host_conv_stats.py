@@ -207,6 +207,14 @@ def test_a_normalised_operand_is_zero_outside_the_image(program: Path) -> None:
     expect(shape, given, run_stats(program, shape, given, "64x64x4"))
 
 
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "normalised"])
+def test_plain_accesses_race_nowhere(norm: bool) -> None:
+    traced = driver("conv_stats", tracing=True)
+    given = draw(SHAPES[1], torch.float16, norm)
+    for tile in stats_tiles(torch.float16):
+        expect(SHAPES[1], given, run_stats(traced, SHAPES[1], given, tile, "shuffled", 5))
+
+
 BUGS = {
     "padding normalised like a pixel": (
         KERNEL,
