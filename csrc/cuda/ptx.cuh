@@ -1,4 +1,5 @@
-// The PTX that the kernels use, one function an instruction.
+// The PTX that the kernels use, one function an instruction. No kernel takes shuffle_down,
+// atomic_add and fence_device yet; the tests' layer has them, for counters between blocks.
 //
 // Each has a device body, the instruction, and a host body, its documented meaning, which the tests
 // supply (tests/cuda_on_host). Nothing else in csrc/cuda contains assembly, warp-level intrinsics

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.nn.prepared import is_autocasting, is_transforming, keep
+from resnet_fast.nn.prepared import hooks_of, is_autocasting, is_transforming, keep
+from resnet_fast.nn.sequence import global_hooks
 from resnet_fast.nn.site import FusedSite
 from resnet_fast.ops.conv_stats import has_kernel, takes
 from resnet_fast.plan import binding as _binding
@@ -128,6 +129,7 @@ def _may_run(x: Any) -> bool:
         and not is_transforming()
         and _binding.tuning() is None
         and not torch.jit.is_tracing()
+        and not global_hooks()
         and not torch.onnx.is_in_onnx_export()
     )
 
@@ -151,11 +153,11 @@ def _is_trainable(block: Any) -> bool:
         or type(down) is not nn.Sequential
         or len(down) != 2
         or "forward" in down.__dict__
-        or any(_hooks(down))
+        or any(hooks_of(down))
     ):
         return False
     relu = block.relu
-    if type(relu) is not nn.ReLU or "forward" in relu.__dict__ or any(_hooks(relu)):
+    if type(relu) is not nn.ReLU or "forward" in relu.__dict__ or any(hooks_of(relu)):
         return False
     return all(map(_is_plain, *_pairs(block)))
 
@@ -167,14 +169,7 @@ def _is_plain(conv: Any, norm: Any) -> bool:
         return False
     if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__ or "forward" in norm.__dict__:
         return False
-    return norm.training and not any(_hooks(conv)) and not any(_hooks(norm))
-
-
-def _hooks(module: Any) -> Iterator[Any]:
-    everywhere = nn.modules.module
-    for kind in ("forward", "forward_pre", "backward", "backward_pre"):
-        yield getattr(module, f"_{kind}_hooks")
-        yield getattr(everywhere, f"_global_{kind}_hooks")
+    return norm.training and not any(hooks_of(conv)) and not any(hooks_of(norm))
 
 
 def _place(block: Any, x: Tensor) -> TrainBlock:

@@ -57,6 +57,14 @@ def _sizes(shape: Sequence[int]) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's flags let convolutions of fp32 tensors multiply in TF32."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # the newer settings are in use, and differ by operation
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scale, shift and statistics beside activations of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

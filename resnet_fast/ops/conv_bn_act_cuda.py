@@ -15,6 +15,7 @@ from torch import Tensor
 from resnet_fast import _library
 from resnet_fast.errors import DTypeError
 from resnet_fast.ops import _checks
+from resnet_fast.ops._checks import tf32_allowed
 from resnet_fast.ops.conv_bn_act import check
 
 # Tiles of the tensor-core kernel, pixels x filters x stages, and the kernel for narrow groups.
@@ -43,14 +44,6 @@ def _fake(
 ) -> Tensor:
     geometry = check(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
     return _checks.empty_output(x, geometry.shape)
-
-
-def tf32_allowed() -> bool:
-    """Whether torch's flags let convolutions of fp32 tensors multiply in TF32."""
-    try:
-        return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:  # the newer settings are in use, and differ by operation
-        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def run(

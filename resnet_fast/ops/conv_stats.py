@@ -194,7 +194,7 @@ def takes(x: Tensor, weight: Tensor, normalises: bool) -> bool:
         return False
     if max(weight.shape[2:]) > conv_bn_act_cuda.MAX_FILTER or x.shape[0] == 0:
         return False
-    if x.dtype is torch.float32 and not conv_bn_act_cuda.tf32_allowed():
+    if x.dtype is torch.float32 and not _checks.tf32_allowed():
         return False
     # A batch norm in front is applied to 16 bytes of channels at a time.
     return not normalises or weight.shape[1] * x.element_size() % 16 == 0

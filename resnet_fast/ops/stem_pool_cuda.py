@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.ops import _checks, _several
-from resnet_fast.ops.conv_bn_act_cuda import tf32_allowed
+from resnet_fast.ops._checks import tf32_allowed
 from resnet_fast.ops.stem_pool import _fake, _operand
 
 AVAILABLE = _checks.has_op("_stem_pool_cuda") and not _checks.lacks_cuda("_stem_pool_cuda")

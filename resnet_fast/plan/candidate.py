@@ -26,7 +26,7 @@ from resnet_fast.ops import (
     conv_bn_act_triton,
     conv_bn_act_winograd,
 )
-from resnet_fast.ops._checks import channels_last
+from resnet_fast.ops._checks import channels_last, tf32_allowed
 from resnet_fast.plan.site import DTYPES, Site
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -226,7 +226,7 @@ def _reject_implicit_gemm(tile: str, site: Site) -> str | None:
     variant = _implicit_gemm_variant(tile, site)
     if not variant:
         return f"no kernel of tile {tile} for its dtype and channels"
-    if site.dtype == "float32" and variant != "grouped" and not conv_bn_act_cuda.tf32_allowed():
+    if site.dtype == "float32" and variant != "grouped" and not tf32_allowed():
         return "torch's flags do not allow TF32"
     return None
 
