@@ -199,9 +199,9 @@ def warm(model: str, batch: int, size: int, dtype: str, device: str, count: int)
             print(message, file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; 1 where a chain left its error budget."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chains", description=__doc__)
+def parser_of(name: str, text: str | None) -> argparse.ArgumentParser:
+    """What measurements of a network's parts are asked with."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=text)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--batch", type=int, default=128)
@@ -209,9 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="fp16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--reps", type=int, default=20)
-    parser.add_argument("--warm", action="store_true")
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 where a chain left its error budget."""
+    parser = parser_of("chains", __doc__)
+    parser.add_argument("--warm", action="store_true")
     options = parser.parse_args(argv)
     dtype = dtype_from_name(options.dtype)
     found = cases(options.model, options.batch, options.size, dtype, options.device)

@@ -12,19 +12,17 @@ watch.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import resnet_fast
-from benchmarks.chains import interleaved
+from benchmarks.chains import interleaved, parser_of
 from resnet_fast import ops
 from resnet_fast.bench.report import environment, save_json
 from resnet_fast.nn.site import FusedSite
@@ -132,17 +130,7 @@ def _run(candidate: Candidate, x: Tensor, args: Any, residual: Tensor | None, ac
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 where one of this package's kernels left its error budget."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.convolutions", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--dtype", default="fp16")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--reps", type=int, default=20)
-    parser.add_argument("--once", action="store_true")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(argv)
+    options = parser_of("convolutions", __doc__).parse_args(argv)
     dtype, device = dtype_from_name(options.dtype), torch.device(options.device)
     found = sites(options.model, options.batch, options.size, dtype, options.device)
     assert all(DTYPES[site.dtype] is dtype for site in found)
