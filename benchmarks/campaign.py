@@ -101,7 +101,7 @@ def chain_steps(out: Path, dry: bool) -> list[Step]:
     """The residual chains one by one: what every other figure follows from."""
     command = (sys.executable, "-m", "benchmarks.chains", "--out")
     if dry:
-        tiny = ("--batch", "1", "--size", "64", "--dtype", "fp32", "--device", "cpu", "--reps", "1")
+        tiny = ("--batch", "1", "--size", "64", "--dtype", "bf16", "--device", "cpu", "--reps", "1")
         return [Step("chains", (*command, str(out / "chains.json"), *tiny), 90)]
     return [
         Step("chains", (*command, str(out / "chains.json"), "--warm"), 150),

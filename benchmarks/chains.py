@@ -13,9 +13,11 @@ each chain once, for a sanitizer or a profiler to watch.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -32,9 +34,11 @@ from benchmarks.campaign import chain_table
 from resnet_fast import ops
 from resnet_fast.bench.report import environment, save_json
 from resnet_fast.nn.chain import ChainBlock, chain_blocks
-from resnet_fast.plan import devices
+from resnet_fast.plan import binding, devices
 from resnet_fast.plan.candidate import CANDIDATES
 from resnet_fast.plan.chain import ChainArgs, ChainSite, run_chain, verify_chain
+from resnet_fast.plan.measure import seconds_cuda
+from resnet_fast.plan.site import device_name
 from resnet_fast.testing.networks import randomize_batchnorm_
 from resnet_fast.verify import dtype_from_name
 
@@ -43,12 +47,18 @@ _FLUSH_BYTES = 256 << 20
 
 
 class Case:
-    """One chain of the network with tensors to run it on."""
+    """One chain of the network with tensors to run it on.
+
+    Attributes:
+        match: regular expression for the names of those ways to run it that are looked at.
+    """
+
+    match = ""
 
     def __init__(self, name: str, block: ChainBlock, inner: Tensor, x: Tensor) -> None:
         self.name, self.site = name, block.site(inner, x)
         self.args: ChainArgs = block.args()
-        self.inner, self.x = torch.randn_like(inner), torch.randn_like(x)
+        self.inner, self.x = inner, x
         self.operands = self.args.operands()
 
     @property
@@ -74,15 +84,15 @@ class Case:
 
         return call
 
-    def runs(self) -> dict[str, Callable[[], Any]]:
-        """Every way to run it here, by name."""
+    def runs(self, configs: Sequence[str] = ()) -> dict[str, Callable[[], Any]]:
+        """Every way to run it here, by name; ``configs`` beside the dtype's own."""
         found: dict[str, Callable[[], Any]] = {
             "chain": lambda: run_chain(self.inner, self.x, self.operands, self.site.strides, "relu")
         }
         if self.x.is_cuda:
             from resnet_fast.kernels import residual_chain as room
 
-            for config in room.configs(self.x.dtype):
+            for config in (*room.configs(self.x.dtype), *map(room.Config.parse, configs)):
                 launch = functools.partial(
                     room.launch_residual_chain, *self.arguments, config=config
                 )
@@ -91,27 +101,37 @@ class Case:
         for name, candidate in CANDIDATES.items():
             if all(candidate.reject(site) is None for site in sites):
                 found[f"layers {name}"] = self.layers(name)
-        return found
+        return {name: run for name, run in found.items() if re.search(self.match, name)}
+
+
+def _stages(network: Any) -> list[tuple[str, ChainBlock]]:
+    names = [f"layer{i}" for i in (1, 2, 3, 4)]
+    return chain_blocks([getattr(network, name) for name in names], names)
 
 
 def cases(model: str, batch: int, size: int, dtype: torch.dtype, device: str) -> list[Case]:
     """The distinct chains of a network, in its order."""
     torch.manual_seed(0)
-    network = randomize_batchnorm_(getattr(resnet_fast, model)()).eval().to(device, dtype)
-    network = network.to(memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
-    images = images.contiguous(memory_format=torch.channels_last)
+    network = randomize_batchnorm_(getattr(resnet_fast, model)()).eval().to(dtype)
+    # A GPU's sizes are found on meta tensors, where nothing runs, hence nothing is compiled.
+    place = torch.device("cpu" if device == "cpu" else "meta")
+    shadow = copy.deepcopy(network).to(place)
+    network = network.to(device).to(memory_format=torch.channels_last)
     found: dict[str, Case] = {}
-    with torch.no_grad():
-        x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
-        for name, block in chain_blocks(
-            [getattr(network, f"layer{i}") for i in (1, 2, 3, 4)],
-            [f"layer{i}" for i in (1, 2, 3, 4)],
-        ):
-            inner = block.inner(x, None)
-            if block.saves and block.site(inner, x).key not in found:
-                found[block.site(inner, x).key] = Case(name, block, inner, x)
-            x = block.finish(x, inner)
+    with torch.no_grad(), binding.as_if_on(device_name(torch.device(device))):
+        x = torch.zeros(batch, 3, size, size, device=place, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = shadow.maxpool(shadow.relu(shadow.bn1(shadow.conv1(x))))
+        for (name, block), (_, outline) in zip(_stages(network), _stages(shadow), strict=True):
+            inner = outline.inner(x, None)
+            if block.saves:
+                sizes = (inner, x)
+                drawn = [torch.randn(t.shape, device=device).to(dtype) for t in sizes]
+                case = Case(
+                    name, block, *(t.contiguous(memory_format=torch.channels_last) for t in drawn)
+                )
+                found.setdefault(case.site.key, case)
+            x = outline.finish(x, inner)
     return list(found.values())
 
 
@@ -126,18 +146,12 @@ def interleaved(
         try:
             run(), run()
             samples[name] = []
-        except (RuntimeError, ValueError, TypeError) as failure:
+        except Exception as failure:  # compilers have errors of their own
             print(f"  {name}: {str(failure)[:200]}", file=sys.stderr)
     for _ in range(reps):
         for name in samples:
-            flush.zero_()
             if device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                runs[name]()
-                end.record()
-                end.synchronize()
-                samples[name].append(start.elapsed_time(end) * 1e3)
+                samples[name].append(seconds_cuda(runs[name], flush.zero_) * 1e6)
             else:
                 before = time.perf_counter()
                 runs[name]()
@@ -145,7 +159,7 @@ def interleaved(
     return samples
 
 
-def measure(case: Case, reps: int) -> dict[str, Any]:
+def measure(case: Case, reps: int, configs: Sequence[str] = ()) -> dict[str, Any]:
     """One row: verdict, bytes, and every way's median and quartiles."""
     device = case.x.device
     verdict = verify_chain(case.site, device)
@@ -167,7 +181,7 @@ def measure(case: Case, reps: int) -> dict[str, Any]:
         row["roofline_us"] = seconds * 1e6
     row["us"] = {}
     with torch.inference_mode():
-        for name, samples in interleaved(case.runs(), device, reps).items():
+        for name, samples in interleaved(case.runs(configs), device, reps).items():
             low, median, high = statistics.quantiles([*samples, *samples], n=4)
             row["us"][name] = {"median": median, "quartiles": [low, high]}
     return row
@@ -178,24 +192,28 @@ def _arithmetic(site: ChainSite) -> str:
     return {"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "tf32")
 
 
-def _warm(job: tuple[str, int, int, str, str, int]) -> str:
-    *question, index = job
-    model, batch, size, dtype, device = question
-    case = cases(model, batch, size, dtype_from_name(dtype), device)[index]
-    for name, run in case.runs().items():
-        try:
-            run()
-        except (RuntimeError, ValueError, TypeError) as failure:
-            return f"{case.name} {name}: {str(failure)[:200]}"
+# A worker of the pool has many jobs of one network.
+_cases = functools.lru_cache(maxsize=1)(cases)
+
+
+def _warm(job: tuple[str, int, int, str, str, tuple[str, ...], int, str]) -> str:
+    model, batch, size, dtype, device, configs, index, name = job
+    case = _cases(model, batch, size, dtype_from_name(dtype), device)[index]
+    try:
+        case.runs(configs)[name]()
+    except Exception as failure:  # compilers have errors of their own
+        return f"{case.name} {name}: {str(failure)[:200]}"
     return ""
 
 
-def warm(model: str, batch: int, size: int, dtype: str, device: str, count: int) -> None:
-    """Compile every kernel of every case into Triton's cache, a process a case."""
-    jobs = [(model, batch, size, dtype, device, index) for index in range(count)]
-    workers = min(count, len(os.sched_getaffinity(0)))
+def each_in_a_process(work: Callable[[Any], str], jobs: Sequence[Any]) -> None:
+    """Call ``work`` with every job, a process a CPU, and print what it has to say.
+
+    Kernels are compiled by one processor each: what these compile, the caches on disk hold.
+    """
+    workers = max(1, min(len(jobs), len(os.sched_getaffinity(0))))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for message in filter(None, pool.map(_warm, jobs)):
+        for message in filter(None, pool.map(work, jobs)):
             print(message, file=sys.stderr)
 
 
@@ -218,7 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 where a chain left its error budget."""
     parser = parser_of("chains", __doc__)
     parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--match", default="", help="only ways whose names match this")
+    parser.add_argument("--configs", default="", help="more of them, such as 64x64x64w4s3,...")
     options = parser.parse_args(argv)
+    Case.match = options.match
+    configs = tuple(filter(None, options.configs.split(",")))
     dtype = dtype_from_name(options.dtype)
     found = cases(options.model, options.batch, options.size, dtype, options.device)
     if options.once:
@@ -231,10 +253,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.warm:
         # At four images: sizes are arguments of the kernels, only what divides them is compiled in.
         question = (options.model, 4, options.size, options.dtype, options.device)
-        warm(*question, len(found))
+        jobs = [(i, name) for i, case in enumerate(found) for name in case.runs(configs)]
+        each_in_a_process(_warm, [(*question, configs, *job) for job in jobs])
     rows: list[dict[str, Any]] = []
     for case in found:
-        rows.append(measure(case, options.reps))
+        rows.append(measure(case, options.reps, configs))
         result = {
             "schema": 1,
             "command": "python -m benchmarks.chains " + " ".join(argv or sys.argv[1:]),

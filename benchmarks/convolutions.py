@@ -6,8 +6,8 @@ For each distinct convolution of the network, with its batch norm, residual and 
 candidates of its site that hold against fp64 (cuDNN's own path among them), in one interleaved run,
 the second-level cache cleared before each call. Bytes are those the layer has to move, so GB/s and
 the share of the roofline are comparable with a copy's. A candidate that leaves its error budget is
-listed and not timed. ``--once`` runs each of this package's CUDA kernels once, for a sanitizer to
-watch.
+listed and not timed. ``--warm`` verifies and compiles first, a process a CPU; ``--once`` runs each
+of this package's CUDA kernels once, for a sanitizer to watch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 import resnet_fast
-from benchmarks.chains import interleaved, parser_of
+from benchmarks.chains import each_in_a_process, interleaved, parser_of
 from resnet_fast import ops
 from resnet_fast.bench.report import environment, save_json
 from resnet_fast.nn.site import FusedSite
-from resnet_fast.plan import devices
+from resnet_fast.ops import _pack
+from resnet_fast.plan import binding, devices
 from resnet_fast.plan.candidate import CANDIDATES, Candidate
-from resnet_fast.plan.site import DTYPES, Site
+from resnet_fast.plan.site import DTYPES, Site, device_name
 from resnet_fast.plan.verify import random_inputs, verify
-from resnet_fast.testing.networks import randomize_batchnorm_
 from resnet_fast.verify import dtype_from_name
 
 OURS = "implicit_gemm"
@@ -38,12 +38,13 @@ OURS = "implicit_gemm"
 
 def sites(model: str, batch: int, size: int, dtype: torch.dtype, device: str) -> list[Site]:
     """The distinct convolutions of a network at this batch, in its order."""
-    torch.manual_seed(0)
-    network = randomize_batchnorm_(getattr(resnet_fast, model)()).eval().to(device, dtype)
+    # A GPU's are found on meta tensors, where nothing runs, hence nothing is compiled or timed.
+    place = "cpu" if device == "cpu" else "meta"
+    network = getattr(resnet_fast, model)().eval().to(place, dtype)
     network = network.to(memory_format=torch.channels_last)
     network.chains = network.sequences = None
-    images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
-    with torch.inference_mode():
+    images = torch.zeros(batch, 3, size, size, device=place, dtype=dtype)
+    with torch.inference_mode(), binding.as_if_on(device_name(torch.device(device))):
         network(images.contiguous(memory_format=torch.channels_last))
     found: dict[str, Site] = {}
     for module in network.modules():
@@ -56,8 +57,9 @@ def sites(model: str, batch: int, size: int, dtype: torch.dtype, device: str) ->
 def measure(site: Site, batch: int, device: torch.device, reps: int) -> dict[str, Any]:
     """One row: bytes, and every candidate's verdict, median and quartiles."""
     x, args, residual = random_inputs(site, device, batch)
+    scale, shift = _pack.fold(*args[1:7])
     work = ops.module("conv_bn_act").work(
-        x, args.weight, args.mean, args.var, residual, *args[7:], site.act
+        x, args.weight, scale, shift, residual, *args[7:], site.act
     )
     row: dict[str, Any] = {
         "key": site.key,
@@ -128,9 +130,27 @@ def _run(candidate: Candidate, x: Tensor, args: Any, residual: Tensor | None, ac
         candidate.run(x, args, residual, act)
 
 
+def _warm(job: tuple[Site, int, str]) -> str:
+    site, batch, name = job
+    device = torch.device(name)
+    x, args, residual = random_inputs(site, device, batch)
+    told = []
+    for candidate in CANDIDATES.values():
+        if candidate.name == "aten" or candidate.reject(site) is not None:
+            continue
+        try:
+            if binding.verified(site, candidate, device)[0]:
+                _run(candidate, x, args, residual, site.act)
+        except (RuntimeError, ValueError, TypeError) as failure:
+            told.append(f"{candidate.name} at {site.key}: {str(failure)[:200]}")
+    return "\n".join(told)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 where one of this package's kernels left its error budget."""
-    options = parser_of("convolutions", __doc__).parse_args(argv)
+    parser = parser_of("convolutions", __doc__)
+    parser.add_argument("--warm", action="store_true")
+    options = parser.parse_args(argv)
     dtype, device = dtype_from_name(options.dtype), torch.device(options.device)
     found = sites(options.model, options.batch, options.size, dtype, options.device)
     assert all(DTYPES[site.dtype] is dtype for site in found)
@@ -138,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for site in found:
             run_once(site, device, options.batch)
         return 0
+    if options.warm:
+        each_in_a_process(_warm, [(site, options.batch, options.device) for site in found])
     rows: list[dict[str, Any]] = []
     for site in found:
         rows.append(measure(site, options.batch, device, options.reps))

@@ -15,6 +15,7 @@ neighbours, so nothing is computed twice; conv2 reads the same halo as it does o
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -194,26 +195,34 @@ class Config(NamedTuple):
         tile = f"{self.block_m}x{self.block_n}x{self.block_c}"
         return f"{tile}w{self.num_warps}s{self.num_stages}{'' if self.loop else 'u'}"
 
+    @classmethod
+    def parse(cls, name: str) -> Config:
+        """The config of a name. Raises ValueError for a text that is none."""
+        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)w(\d+)s(\d+)(u?)", name)
+        if found is None:
+            raise ValueError(f"config: expected a name such as 128x64x64w8s3, got {name!r}")
+        return cls(*map(int, found.groups()[:5]), loop=not found[6])
+
 
 # No spills on sm_80 and sm_100 in any form that a network has, at 12 to 104 KB of shared memory.
 SMALL = Config(64, 32, 64, 8, 2)
-# sm_90 alone: on sm_80 and sm_100 these spill in one form or another. Weights cross from L2 once a
-# program, so pixels a program are what keeps that traffic below the activations'.
-LARGE = {
-    64: Config(128, 64, 64, 8, 3),  # 97 KB, 255 registers with a projection
-    128: Config(128, 64, 64, 8, 2),  # 97 KB with conv2, 225 KB (of 227) for 256 channels held
-    256: Config(128, 32, 64, 8, 3),  # 97 KB: half the slice pays for twice the next channels
-}
-# Independent slices: the shape of a plain matrix product.
-LAST = Config(64, 64, 64, 8, 2)
+# sm_90 alone, each the fastest of those without a spill on an H200 at 128 images
+# (docs/residual_chain.md); on sm_80 and sm_100 they spill in one form or another.
+NARROW = Config(64, 32, 64, 4, 3)  # conv2 of 64 channels: four programs a multiprocessor
+FIRST = Config(64, 64, 64, 4, 3)  # the same with a projection
+WIDE = Config(128, 64, 64, 8, 3)  # 128 channels, next too; weights cross from L2 once a program
+WIDER = Config(128, 32, 64, 8, 4)  # 256 next: half the slice pays for twice the next channels
+HELD = Config(128, 32, 64, 8, 3)  # h2 of 256 channels in 128 KB of shared memory
+PROJECTED = Config(64, 64, 64, 8, 3)
 # The taps unrolled instead of in one loop, which Triton has miscompiled in a convolution
 # (https://github.com/pytorch/pytorch/issues/173068).
-UNROLLED = Config(128, 64, 64, 8, 3, loop=False)
+UNROLLED = WIDE._replace(loop=False)
 TF32 = Config(64, 32, 32, 8, 2)
 TF32_NARROW = Config(64, 32, 16, 8, 2)  # sm_100: steps of 32 channels spill 16 bytes
 
-# Bytes of a pixel's h2 held on chip over the slices; a longer one is read again for each slice.
-MAX_HELD = 1024
+# Bytes of a pixel's h2 held on chip over the slices; a longer one is read again for each slice. One
+# in fp32 is held twice, as it is and rounded to TF32.
+MAX_HELD = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 512}
 # Programs that keep 132 multiprocessors busy, two on each.
 _PROGRAMS = 264
 
@@ -222,7 +231,7 @@ def configs(dtype: torch.dtype) -> tuple[Config, ...]:
     """Every config of a dtype."""
     if dtype == torch.float32:
         return TF32, TF32_NARROW
-    return (SMALL, *LARGE.values(), LAST, UNROLLED)
+    return SMALL, NARROW, FIRST, WIDE, WIDER, HELD, PROJECTED, UNROLLED
 
 
 def _block(channels: int) -> int:
@@ -231,23 +240,36 @@ def _block(channels: int) -> int:
 
 
 def choose_config(
-    dtype: torch.dtype, arch: int, mid: int, following: int, conv2: bool, projection: bool
+    dtype: torch.dtype,
+    arch: int,
+    mid: int,
+    following: int,
+    conv2: bool,
+    projection: bool,
+    whole: bool = True,
 ) -> Config:
-    """Heuristic config for sm_<arch>: mid-channels of h2, and the next convolution's (0: none)."""
+    """Heuristic config for sm_<arch>: mid-channels of h2, and the next convolution's (0: none).
+
+    `whole` says that every count of channels is a multiple of 64.
+    """
     if dtype == torch.float32:
         return TF32_NARROW if arch >= 100 else TF32
-    if arch != 90:
+    # Masks of partial blocks take registers: with them the larger tiles spill up to 900 bytes, and
+    # one that did gave wrong sums on an H200 (K = 72, a projection of any width).
+    if arch != 90 or not whole:
         return SMALL
-    if following == 0 and not conv2:
-        return LAST
     widest = max(_block(following), _block(mid) if conv2 else 0)
-    if widest <= 64:
-        return LARGE[64]
-    if widest <= 128:
-        return LARGE[128]
-    if widest > 256 or (not conv2 and projection):
+    if following == 0 and not conv2:
+        return WIDE
+    if projection:
+        return FIRST if conv2 and widest <= 64 else PROJECTED
+    if widest > 256:
         return SMALL
-    return LARGE[256] if conv2 else LARGE[128]
+    if not conv2:
+        return HELD
+    if mid <= 64 and widest <= 128:
+        return NARROW
+    return WIDE if widest <= 128 else WIDER
 
 
 def slices_of(pixels: int, steps: int, config: Config) -> int:
@@ -600,7 +622,9 @@ def launch_residual_chain(
         raise TypeError("x: expected float16, bfloat16, or float32 where tf32 is allowed")
     if config is None:
         conv2 = weight2 is not None and weight3 is not None
-        config = choose_config(x.dtype, _arch(x), mid, following, conv2, weight_d is not None)
+        projected = 0 if weight_d is None else residual.shape[1]
+        whole = all(c % 64 == 0 for c in (channels, mid, outputs, following, projected))
+        config = choose_config(x.dtype, _arch(x), mid, following, conv2, projected > 0, whole)
     residual_size = (*residual.shape[2:], residual.shape[1])
     flags: dict[str, Any] = {
         "STRIDE": stride,
@@ -635,7 +659,7 @@ def launch_residual_chain(
             residual, pointer(weight_d), *vectors_d, pointer(weight_n), *vectors_n, y, h,
             m, height, width, p, q, channels, mid, outputs, *residual_size, following,
             HAS_CONV2=weight2 is not None, HAS_NEXT=weight_n is not None,
-            HELD=weight2 is not None or mid * x.element_size() <= MAX_HELD, SLICES=slices,
+            HELD=weight2 is not None or mid * x.element_size() <= MAX_HELD[x.dtype], SLICES=slices,
             EVEN_MID=mid == _block(mid), EVEN_K=outputs % config.block_n == 0,
             BLOCK_MID=_block(mid), BLOCK_NEXT=_block(following), **flags,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 from resnet_fast import ops
 from resnet_fast.ops import activation
 from resnet_fast.testing.budget import expect_within_budget, in_formats
+from resnet_fast.testing.tf32 import rounded
 
 reference = ops.module("stem_pool").reference
 
@@ -136,12 +137,4 @@ def in_tf32(a: Arguments) -> Arguments:
     x = a.x.float()
     for vector, op in ((a.input_scale, torch.mul), (a.input_shift, torch.add)):
         x = x if vector is None else op(x, vector.view(1, -1, 1, 1))
-    return a._replace(
-        x=tf32(x), weight=tf32(a.weight.contiguous()), input_scale=None, input_shift=None
-    )
-
-
-def tf32(x: Tensor) -> Tensor:
-    """Rounded to nearest, ties away from zero; infinities and NaN as they are."""
-    bits = (x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
-    return torch.where(x.isfinite(), bits.view(torch.float32), x)
+    return a._replace(x=rounded(x), weight=rounded(a.weight), input_scale=None, input_shift=None)

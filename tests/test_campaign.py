@@ -31,7 +31,7 @@ def test_dry_campaign(tmp_path: Path) -> None:
     (measured,) = result["chains"]
     assert len(measured["chains"]) == 9 and all(row["ok"] for row in measured["chains"])
     told = (tmp_path / "table.txt").read_text()
-    assert "resnet18 fp32 b1" in told and "residual chains of resnet50 fp32 b1" in told
+    assert "resnet18 fp32 b1" in told and "residual chains of resnet50 bf16 b1" in told
 
 
 def test_chains_come_before_the_rows_and_the_contract_soon_after() -> None:

@@ -66,7 +66,12 @@ def compare(arguments: dict[str, Any]) -> None:
         clear &= (z - kink).abs() > 2**-4
     grad_y = (torch.randn(z.shape, device=z.device) * clear).to(given["x"].dtype)
     actual = step(ops.bn_act_train, arguments, grad_y.to(dtype))
-    truth = step(REFERENCE, wide, grad_y.double())
+    # On the CPU: torch's hardswish on CUDA has a sixth in fp32 in every dtype.
+    exact = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in wide.items()}
+    truth = step(REFERENCE, exact, grad_y.double().cpu())
+    if given["weight"] is None and given["bias"] is not None:
+        # torch's backward on CUDA fails for a norm that only shifts.
+        given = given | {"weight": torch.ones_like(given["bias"])}
     frameworks = [step(f, given, grad_y) for f in (REFERENCE, REORDERED["bn_act_train"])]
     assert actual.keys() == truth.keys()
     for name, tensor in actual.items():

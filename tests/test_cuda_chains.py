@@ -15,6 +15,7 @@ import resnet_fast
 from resnet_fast import kernels, models, ops
 from resnet_fast.nn import unfuse_
 from resnet_fast.plan import cache
+from resnet_fast.testing import tf32
 from resnet_fast.testing.budget import expect_within_budget, in_formats
 from resnet_fast.testing.chains import CHAINS, Chain, make, reordered
 from resnet_fast.testing.networks import randomize_batchnorm_
@@ -38,9 +39,12 @@ def own_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def expect_chain(arguments: dict[str, Any], results: tuple[Tensor, ...]) -> None:
     reference = ops.module("residual_chain").reference
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    answers = reference(**arguments), reference(**wide), reordered(**arguments)
-    for ours, theirs, exact, other in zip(results, *answers, strict=True):
-        expect_within_budget(ours, [theirs, other], exact)
+    answers = [reference(**arguments), reordered(**arguments)]
+    if arguments["x"].dtype is torch.float32:
+        with tf32.Products():
+            answers.append(tuple(t.float() for t in reference(**wide)))
+    for ours, exact, *theirs in zip(results, reference(**wide), *answers, strict=True):
+        expect_within_budget(ours, theirs, exact)
 
 
 def launch(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
@@ -52,7 +56,6 @@ def launch(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.name)
 def test_chain(chain: Chain, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    # fp32 in tf32 is judged by the framework's own tf32 convolution.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     arguments = make(chain, dtype, "cuda")
     expect_chain(arguments, launch(arguments))

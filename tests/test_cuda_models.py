@@ -110,8 +110,9 @@ def test_every_candidate_of_every_site(name: str, dtype: torch.dtype) -> None:
     x = pair.x.contiguous(memory_format=torch.channels_last)
     tuned = plan.tune(model, x)
     found = sites(model)
-    assert set(tuned.entries) == set(found) and len(found) > 8
-    for key, entry in tuned.entries.items():
+    assert set(found) <= set(tuned.entries) and len(found) > 8
+    for key in found:
+        entry = tuned.entries[key]
         assert "aten" in entry.measured
         assert entry.microseconds == min(entry.measured.values()) > 0
         assert entry.candidate == "aten" or entry.error <= entry.limit, (key, entry)

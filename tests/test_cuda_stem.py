@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stem_host_support import Arguments, draw, laid_out, reference
+from stem_host_support import Arguments, draw, in_tf32, laid_out, reference
 from torch import Tensor
 
 from resnet_fast import ops
@@ -25,7 +25,6 @@ OP = torch.ops.resnet_fast._stem_pool_cuda
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     if not stem_pool_cuda.AVAILABLE:
         pytest.skip("the CUDA library is not loaded")
-    # fp32 is judged by the framework's own tf32 convolution.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
@@ -35,7 +34,10 @@ def on_device(a: Arguments) -> Arguments:
 
 def expect(y: Tensor, a: Arguments) -> None:
     truth = reference(*(v.double() if isinstance(v, Tensor) else v for v in a))
-    expect_within_budget(y, in_formats(reference, *a), truth)
+    frameworks = in_formats(reference, *a)
+    if y.dtype is torch.float32:
+        frameworks += in_formats(reference, *in_tf32(a))
+    expect_within_budget(y, frameworks, truth)
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["", "uint8"])

@@ -173,7 +173,7 @@ __device__ inline T shuffle_xor(T value, unsigned mask) {
   return cuda_on_host::shuffle_xor(value, mask);
 #endif
 }
-// The value of lane `lane + delta`, its own where there is none.
+// The value of lane `lane + delta`, its own where there is none; delta counts modulo 32.
 template <typename T>
 __device__ inline T shuffle_down(T value, unsigned delta) {
 #if defined(__CUDACC__)

@@ -72,7 +72,11 @@ def _channels_last(job: Job, model: torch.nn.Module) -> tuple[torch.nn.Module, t
 
 
 def _graphed(call: Call) -> Call:
-    """Record ``call`` in a CUDA graph after three warm-up runs on a side stream."""
+    """Record ``call`` in a CUDA graph after three warm-up runs on a side stream.
+
+    The graph reads the network's weights and its input wherever they were: the replay keeps
+    ``call``, and with it the memory, for as long as it can be called.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -83,7 +87,7 @@ def _graphed(call: Call) -> Call:
     with torch.cuda.graph(graph):
         output = call()
 
-    def replay() -> object:
+    def replay(_kept: Call = call) -> object:
         graph.replay()
         return output
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fast.ops import _pack
 from resnet_fast.plan.candidate import ConvArgs, run_aten
 from resnet_fast.plan.site import Site
-from resnet_fast.plan.verify import in_fp64, random_inputs
+from resnet_fast.plan.verify import comparing, in_fp64, random_inputs
 from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 
 #: The kernel's name in plans and in ``explain()``.
@@ -116,7 +116,7 @@ def verify_chain(site: ChainSite, device: torch.device, act: str = "relu") -> Ve
     first = next(s for s in (site.conv2, site.conv3) if s is not None)
     shortcut = site.down or site.conv3 or site.conv2
     assert shortcut is not None
-    with torch.inference_mode(False), torch.no_grad():
+    with comparing():
         drawn = [None if s is None else random_inputs(s, device, 1) for s in _roles(site)]
         args = ChainArgs(*(None if d is None else d[1] for d in drawn))
         x = random_inputs(first, device, site.batch)[0]

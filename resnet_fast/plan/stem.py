@@ -12,7 +12,7 @@ from resnet_fast import ops
 from resnet_fast.ops import _pack, stem_pool_cuda
 from resnet_fast.plan.candidate import ConvArgs, run_aten
 from resnet_fast.plan.site import Site
-from resnet_fast.plan.verify import in_fp64, random_inputs
+from resnet_fast.plan.verify import comparing, in_fp64, random_inputs
 from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 
 #: The op's name in plans and in ``explain()``, and that of its Triton kernel.
@@ -53,7 +53,7 @@ def run_layers(x: Tensor, args: ConvArgs, act: str) -> Tensor:
 
 def verify_stem(site: Site, device: torch.device, kernel: str = NAME) -> Verdict:
     """Compare the stem with fp64 on two random images. One that raises is a mismatch."""
-    with torch.inference_mode(False), torch.no_grad():
+    with comparing():
         x, args, _ = random_inputs(site, device)
         truth = run_layers(x.double(), in_fp64(args), site.act)
         given = in_formats(lambda a: run_layers(a, args, site.act), x)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -106,6 +108,22 @@ def batch_for(site: Site, candidate: Candidate, device: torch.device | str) -> i
     return min(batch, running)
 
 
+@contextlib.contextmanager
+def comparing() -> Iterator[None]:
+    """Records no gradients, and lets cuDNN choose without measuring.
+
+    With ``torch.backends.cudnn.benchmark`` it would try every algorithm for shapes and for an fp64
+    that run once.
+    """
+    searched = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = searched
+
+
 def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verdict:
     """Compare ``candidate`` with fp64 at ``site``.
 
@@ -113,7 +131,7 @@ def verify(site: Site, candidate: Candidate, device: torch.device | str) -> Verd
         The verdict: ``error`` and ``limit`` in the output's units, and whether it holds. A
         candidate that raises is a mismatch with an infinite error, never a crash of the caller.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with comparing():
         batch = batch_for(site, candidate, device)
         verdicts = []
         draws = 1 if framework_batch(site, device)[1] == _BATCH else _DRAWS

@@ -107,12 +107,12 @@ T exchange(const char* name, T value, unsigned source) {
 template <typename T>
 T shuffle_xor(T value, unsigned mask) {
   return exchange(sizeof(T) == 4 ? "shuffle_xor" : "shuffle_xor of 8 bytes", value,
-                  schedule.lane() ^ mask);
+                  schedule.lane() ^ mask % kLanes);
 }
 template <typename T>
 T shuffle_down(T value, unsigned delta) {
   return exchange(sizeof(T) == 4 ? "shuffle_down" : "shuffle_down of 8 bytes", value,
-                  schedule.lane() + delta);
+                  schedule.lane() + delta % kLanes);
 }
 template <typename T>
 T shuffle(T value, unsigned lane) {

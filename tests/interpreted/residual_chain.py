@@ -60,7 +60,7 @@ def test_several_slices_and_blocks(loop: bool) -> None:
 
 
 def test_h2_read_again_for_each_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "MAX_HELD", 32)
+    monkeypatch.setattr(room, "MAX_HELD", dict.fromkeys(room.MAX_HELD, 32))
     config = room.Config(64, 16, 16, 4, 2)
     for chain in CHAINS:
         if not chain.conv2:
