@@ -157,7 +157,7 @@ def _calls(model: nn.Module) -> list[str]:
         state = module.__dict__.get(STATE)
         if state is not None:
             found += [program.prefix for program in dict.fromkeys(state.programs.values())]
-    chains = [
+    chains: list[Any] = [
         m.chains for m in model.modules() if isinstance(m, Sequenced) and m.chains is not None
     ]
     lines = [sequence.describe(shape) for known in found for shape, sequence in known]
@@ -165,6 +165,7 @@ def _calls(model: nn.Module) -> list[str]:
         state = module.__dict__.get(STATE)
         if state is not None:
             chains += [program.chains for program in dict.fromkeys(state.programs.values())]
+            chains += [] if state.graphs is None else [state.graphs]
     lines += [line for known in chains for line in known.lines()]
     for path, module in model.named_modules():
         if isinstance(module, (BasicBlock, Bottleneck)):

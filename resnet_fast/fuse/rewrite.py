@@ -29,6 +29,7 @@ from resnet_fast.fuse.capture import (
 from resnet_fast.fuse.match import Match, Matcher, call_counts
 from resnet_fast.fuse.program import Program
 from resnet_fast.fuse.verify import compare
+from resnet_fast.nn.graphs import Replays
 from resnet_fast.nn.site import FusedSite
 from resnet_fast.plan import Plan, set_plan, use
 
@@ -56,6 +57,8 @@ class Acceleration:
     reports: dict[str, Report] = field(default_factory=dict)
     #: Paths of the modules below that have programs.
     units: list[str] = field(default_factory=list)
+    #: At the top, where it was asked for: recordings of the whole forward on CUDA.
+    graphs: Replays | None = None
 
 
 class Accelerated(nn.Module):
@@ -63,7 +66,13 @@ class Accelerated(nn.Module):
 
     accelerated_from: type[nn.Module]
 
-    def _run_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = self.__dict__.get(STATE)
+        if state is None or state.graphs is None:
+            return self._run_program(*args, **kwargs)
+        return state.graphs(self, self._run_program, args, kwargs)
+
+    def _run_program(self, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(STATE)
         program = None if state is None else state.programs.get(self.training)
         if program is not None:
@@ -135,7 +144,7 @@ def accelerated_class(base: type[nn.Module]) -> type[Accelerated]:
         return known
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run_program(args, kwargs)
+        return self._run(args, kwargs)
 
     forward.__doc__ = base.forward.__doc__
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
@@ -182,6 +191,7 @@ def accelerate(
     strict: bool = False,
     verify: bool = True,
     plan: Plan | None = None,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """A copy of ``model``'s structure that runs its convolutions fused, on the same parameters.
 
@@ -201,9 +211,14 @@ def accelerate(
         verify: compare on ``example_inputs``. Without them each site is verified for its shapes
             when it first runs, as sites always are.
         plan: a plan to set for the process; see :func:`resnet_fast.plan.set_plan`.
+        cuda_graph: run the whole forward on CUDA as one graph, in ``eval()`` without recorded
+            gradients or autocast. It is recorded at the first call with inputs of a shape, and what
+            ``forward`` decides by anything but its modules is taken as it was then. A forward that
+            cannot be recorded runs as it does without, with a warning, and :func:`explain` says
+            why.
 
     Raises:
-        ArgumentError: if ``model`` is not a module, or ``plan`` no plan.
+        ArgumentError: if ``model`` is not a module, ``plan`` no plan, or ``cuda_graph`` no bool.
         AccelerateError: with ``strict``, if nothing is fused; for a compiled or scripted module;
             if ``model`` itself fails on ``example_inputs``.
     """
@@ -211,6 +226,8 @@ def accelerate(
         raise ArgumentError("model", "a torch.nn.Module", type(model).__name__)
     if plan is not None and not isinstance(plan, Plan):
         raise ArgumentError("plan", "a resnet_fast.plan.Plan or None", type(plan).__name__)
+    if not isinstance(cuda_graph, bool):
+        raise ArgumentError("cuda_graph", "a bool", repr(cuda_graph))
     if isinstance(model, torch.jit.ScriptModule):
         raise AccelerateError("a scripted module has no Python forward: accelerate its source")
     if type(model).__module__.startswith("torch._dynamo"):
@@ -245,6 +262,7 @@ def accelerate(
                 state.reports = reports
                 break
     state.origin, state.pairs = origin, pairs
+    state.graphs = Replays() if cuda_graph else None
     if strict and not any(r.reason in ("FUSED", "ALREADY_FUSED") for r in state.reports.values()):
         raise AccelerateError(_why_nothing(state))
     if plan is not None:
