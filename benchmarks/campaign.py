@@ -2,18 +2,22 @@
 
     python -m benchmarks.campaign --minutes 9 --out DIR [--dry]
 
-Builds in place, verifies and times the residual chains one by one, benches ResNet-50 in fp16, runs
-the GPU tests, times single convolutions and a training step, then benches network by network. Each
-step is a subprocess with a time limit of its own: nothing of the package is imported here, where it
-may not be built yet. DIR/campaign.json is rewritten after each, and each bench step saves after
-each batch size, so that an end at any moment keeps what was measured. Needs no network.
-``--dry`` walks the same steps on the CPU with tiny settings.
+Builds in place what does not load. Then all that waits for compilers runs side by side, on every
+processor: the GPU tests, each failure in DIR/failures.log at once, and the Triton kernels of what
+is measured. Then, one at a time, the residual chains, ResNet-50 in fp16, single convolutions, a
+training step, the sanitizer, and network by network. Each step is a subprocess with a time limit of
+its own: nothing of the package is imported here, where it may not be built yet. DIR/campaign.json
+is rewritten after each, and each bench step saves after each batch size, so that an end at any
+moment keeps what was measured. Needs no network. ``--dry`` walks the same steps on the CPU with
+tiny settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -23,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +43,16 @@ QUICK_PEERS = ("eager", "eager_nhwc", "eager_graph", "cudnn_fused")
 
 @dataclass(frozen=True)
 class Step:
-    """One subprocess: what to run, for how long at most, and with which environment."""
+    """One subprocess: what to run, for how long at most, and with which environment.
+
+    ``beside`` steps run together with their neighbours of that kind: they measure nothing.
+    """
 
     name: str
     command: tuple[str, ...]
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def chain_steps(out: Path, dry: bool) -> list[Step]:
         tiny = ("--batch", "1", "--size", "64", "--dtype", "bf16", "--device", "cpu", "--reps", "1")
         return [Step("chains", (*command, str(out / "chains.json"), *tiny), 90)]
     return [
-        Step("chains", (*command, str(out / "chains.json"), "--warm"), 150),
+        Step("chains", (*command, str(out / "chains.json")), 60),
         Step("chains b1", (*command, str(out / "chains_b1.json"), "--batch", "1"), 60),
     ]
 
@@ -140,24 +149,45 @@ def steps(out: Path, dry: bool) -> list[Step]:
         )
     else:
         order.append(Step("build", (python, "-m", "benchmarks.campaign", "--build"), 180))
-    order += chain_steps(out, dry)
+    if dry:
+        return order + chain_steps(out, dry) + rows_steps(out, dry)
+    order += beside_steps(out)
     rows = rows_steps(out, dry)
     convolutions = (python, "-m", "benchmarks.convolutions", "--out")
     training = (python, "-m", "benchmarks.training", "--out")
-    one = ("--batch", "1")
-    if dry:
-        return order + rows
-    # The chains are verified as they are measured, and their kernels are compiled by then. The
-    # contract of every kernel takes minutes of compiling: it comes behind the headline, and no
-    # result is published before it is green (render_readme).
     single = [
-        Step("convolutions", (*convolutions, str(out / "convolutions.json")), 120),
-        Step("convolutions b1", (*convolutions, str(out / "convolutions_b1.json"), *one), 90),
+        Step("convolutions", (*convolutions, str(out / "convolutions.json")), 60),
+        Step("convolutions b1", (*convolutions, str(out / "convolutions_b1.json"), *ONE), 40),
         Step("training", (*training, str(out / "training.json")), 150),
     ]
-    tests = (python, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", *gpu_tests())
-    contract = Step("tests", tests, 240, {"RESNET_FAST_REQUIRE_GPU": "1"})
-    return [*order, *rows[:2], contract, *single, *watched_steps(out), *rows[2:]]
+    return [*order, *chain_steps(out, dry), *rows[:2], *single, *watched_steps(out), *rows[2:]]
+
+
+ONE = ("--batch", "1")
+
+
+def beside_steps(out: Path) -> list[Step]:
+    """What compiles for minutes on one processor, and measures nothing.
+
+    No result is published before the tests are green (render_readme).
+    """
+    python = sys.executable
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider"]
+    tests += ["-p", "benchmarks.failures"]
+    if importlib.util.find_spec("xdist") is not None:
+        tests += ["-n", str(max(1, (os.cpu_count() or 2) // 2))]
+    environment = {
+        "RESNET_FAST_REQUIRE_GPU": "1",
+        "RESNET_FAST_FAILURES": str(out / "failures.log"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    found = [Step("tests", (*tests, *gpu_tests()), 240, environment, beside=True)]
+    for name, more in (("chains", ()), ("convolutions", ()), ("convolutions", ONE)):
+        command = (python, "-m", f"benchmarks.{name}", "--warm", "--reps", "0", *more)
+        title = " ".join(("warm", name, *(("b1",) if more else ())))
+        found.append(Step(title, command, 180, beside=True))
+    return found
 
 
 def rows_steps(out: Path, dry: bool) -> list[Step]:
@@ -173,7 +203,11 @@ def rows_steps(out: Path, dry: bool) -> list[Step]:
 
 
 def build() -> int:
-    """Make the package importable in this checkout without a network."""
+    """Make the package importable in this checkout without a network.
+
+    The op libraries are free of Python and load in any torch since 2.11: where they are there, only
+    what does not load is built.
+    """
     environment = dict(os.environ)
     if "TORCH_CUDA_ARCH_LIST" not in environment:
         import torch
@@ -182,10 +216,11 @@ def build() -> int:
             major, minor = torch.cuda.get_device_capability()
             suffix = "a" if major >= 9 else ""
             environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}{suffix}"
-    inplace = (sys.executable, "setup.py", "build_ext", "--inplace")
-    status = subprocess.run(inplace, cwd=ROOT, env=environment).returncode
-    if status:
-        return status
+    if not _loads(environment):
+        inplace = (sys.executable, "setup.py", "build_ext", "--inplace")
+        status = subprocess.run(inplace, cwd=ROOT, env=environment).returncode
+        if status:
+            return status
     # An editable install maps resnet_fast.kernels to kernels/. Without pip, a link does.
     install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
     editable = (*install, "--no-build-isolation", "-e", str(ROOT))
@@ -195,6 +230,14 @@ def build() -> int:
     if not link.exists():
         link.symlink_to(Path("..") / "kernels")
     return 0
+
+
+def _loads(environment: dict[str, str]) -> bool:
+    """Whether all three native parts load as they are."""
+    told = "from resnet_fast import _library as l; print([s.loaded for s in l.status().values()])"
+    command = (sys.executable, "-c", told)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.stdout.strip() == "[True, True, True]"
 
 
 def run_rows(order: dict[str, Any], path: Path) -> int:
@@ -268,19 +311,28 @@ def campaign(minutes: float, out: Path, dry: bool) -> int:
         old.unlink()
     done: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
-    for index, step in enumerate(steps(out, dry)):
+
+    def run(index: int, step: Step) -> dict[str, Any]:
         left = end - time.monotonic() - RESERVE_SECONDS
         if left < MINIMUM_SECONDS:
-            done.append({"name": step.name, "status": "no time left", "seconds": 0.0, "tail": []})
-        else:
-            print(f"{step.name} (at most {min(step.limit, left):.0f} s) ...", flush=True)
-            done.append(run_step(step, min(step.limit, left), out / f"step_{index:02d}.log"))
-            print(f"  {done[-1]['status']} after {done[-1]['seconds']} s", flush=True)
+            return {"name": step.name, "status": "no time left", "seconds": 0.0, "tail": []}
+        limit = min(step.limit, left)
+        print(f"{step.name} (at most {limit:.0f} s) ...", flush=True)
+        record = run_step(step, limit, out / f"step_{index:02d}.log")
+        print(f"  {step.name}: {record['status']} after {record['seconds']} s", flush=True)
+        return record
+
+    order = list(enumerate(steps(out, dry)))
+    while order:
+        together = list(itertools.takewhile(lambda entry: entry[1].beside, order)) or order[:1]
+        order = order[len(together) :]
+        with ThreadPoolExecutor(len(together)) as pool:
+            done += pool.map(lambda entry: run(*entry), together)
         result = collect(out, done, dry)
         temporary = out / "campaign.json.tmp"
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         temporary.replace(out / "campaign.json")
-        if step.name == "build" and done[-1]["status"] != "ok":
+        if together[0][1].name == "build" and done[-1]["status"] != "ok":
             break
     text = table(result)
     (out / "table.txt").write_text(text + "\n")

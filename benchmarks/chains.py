@@ -226,7 +226,7 @@ def parser_of(name: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dtype", default="fp16")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--reps", type=int, default=20)
+    parser.add_argument("--reps", type=int, default=20, help="0: only --warm")
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--out", type=Path)
     return parser
@@ -255,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         question = (options.model, 4, options.size, options.dtype, options.device)
         jobs = [(i, name) for i, case in enumerate(found) for name in case.runs(configs)]
         each_in_a_process(_warm, [(*question, configs, *job) for job in jobs])
+    if options.reps == 0:
+        return 0
     rows: list[dict[str, Any]] = []
     for case in found:
         rows.append(measure(case, options.reps, configs))

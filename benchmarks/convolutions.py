@@ -160,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.warm:
         each_in_a_process(_warm, [(site, options.batch, options.device) for site in found])
+    if options.reps == 0:
+        return 0
     rows: list[dict[str, Any]] = []
     for site in found:
         rows.append(measure(site, options.batch, device, options.reps))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,39 @@ def test_dry_campaign(tmp_path: Path) -> None:
     assert "resnet18 fp32 b1" in told and "residual chains of resnet50 bf16 b1" in told
 
 
-def test_chains_come_before_the_rows_and_the_contract_soon_after() -> None:
-    names = [step.name for step in campaign.steps(Path("out"), dry=False)]
-    assert names[:3] == ["build", "chains", "chains b1"]
-    assert names.index("tests") == 5, "behind the headline, before all that it lets publish"
-    assert names[3].startswith("resnet50 fp16 b128")
+def test_what_compiles_runs_together_and_before_all_that_measures() -> None:
+    steps = campaign.steps(Path("out"), dry=False)
+    names = [step.name for step in steps]
+    together = ["tests", "warm chains", "warm convolutions", "warm convolutions b1"]
+    assert names[:7] == ["build", *together, "chains", "chains b1"]
+    assert [step.name for step in steps if step.beside] == together
+    assert names[7].startswith("resnet50 fp16 b128")
+
+
+def test_steps_beside_each_other_share_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = (sys.executable, "-c", "import time; time.sleep(2)")
+    order = [campaign.Step(f"wait {i}", wait, 30, beside=i < 3) for i in range(4)]
+    monkeypatch.setattr(campaign, "steps", lambda out, dry: order)
+    start = time.monotonic()
+    assert campaign.campaign(1, tmp_path, dry=True) == 0
+    assert 4 < time.monotonic() - start < 8
+    done = json.loads((tmp_path / "campaign.json").read_text())["steps"]
+    assert [step["name"] for step in done] == [step.name for step in order]
+
+
+def test_failures_are_written_down_at_once(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "def test_good():\n    pass\ndef test_bad():\n    assert 1 == 2\n"
+    )
+    log = tmp_path / "failures.log"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.failures", str(tmp_path)]
+    path = {"RESNET_FAST_FAILURES": str(log), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True)
+    assert run.returncode == 1
+    told = log.read_text().splitlines()
+    assert told[0] == "test_it.py::test_bad [call]" and told[-1].endswith("assert 1 == 2")
 
 
 def test_what_is_watched_is_there_only_with_its_tools(
