@@ -9,6 +9,7 @@ import triton.language as tl
 from .activation import activate, activate_backward, activation_code
 from .launch import (
     Wrap,
+    cdiv,
     check_input,
     check_shape,
     check_tensor,
@@ -92,7 +93,7 @@ def launch_add_act(
         return y
     block, num_warps = config or choose_config(hint(numel))
     with device_of(x):
-        wrap_triton(add_act_kernel)[(triton.cdiv(numel, block),)](
+        wrap_triton(add_act_kernel)[(cdiv(numel, block),)](
             x,
             residual,
             y,
@@ -131,7 +132,7 @@ def launch_add_act_backward(
         return grad
     block, num_warps = config or choose_config(hint(numel))
     with device_of(x):
-        wrap_triton(add_act_backward_kernel)[(triton.cdiv(numel, block),)](
+        wrap_triton(add_act_backward_kernel)[(cdiv(numel, block),)](
             grad_y,
             x,
             residual,

@@ -9,6 +9,7 @@ import triton.language as tl
 from .activation import activate, activation_code
 from .launch import (
     Wrap,
+    cdiv,
     channel_vector,
     check_input,
     check_shape,
@@ -128,7 +129,7 @@ def launch_bn_act(
     channels_last = fmt != torch.contiguous_format or inner == 1
     rows, cols = (x.shape[0] * inner, c) if channels_last else (x.shape[0] * c, inner)
     block_rows, block_cols, num_warps = config or choose_config(hint(cols))
-    grid = (triton.cdiv(rows, block_rows) * triton.cdiv(cols, block_cols),)
+    grid = (cdiv(rows, block_rows) * cdiv(cols, block_cols),)
     with device_of(x):
         wrap_triton(bn_act_kernel)[grid](
             x,

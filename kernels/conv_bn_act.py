@@ -13,6 +13,7 @@ from .activation import activate, activation_code
 from .launch import (
     INTERPRET,
     Wrap,
+    cdiv,
     channel_vector,
     check_input,
     check_shape,
@@ -268,7 +269,7 @@ def choose_config(
     large, tall, small = HALF_CONFIGS
 
     def tiles(config: Config) -> int:
-        return triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n)
+        return cdiv(pixels, config.block_m) * cdiv(outputs, config.block_n)
 
     if outputs > 64 and tiles(large) >= 108:
         return large
@@ -598,8 +599,8 @@ def choose(
     # In fp32 the tile's operands fill the registers, and an unrolled 3x3 in parts spills.
     if config.packed or dtype == torch.float32:
         return config, 1
-    tiles = triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n) * groups
-    return config, choose_splits(tiles, triton.cdiv(channels, config.block_c), taps)
+    tiles = cdiv(pixels, config.block_m) * cdiv(outputs, config.block_n) * groups
+    return config, choose_splits(tiles, cdiv(channels, config.block_c), taps)
 
 
 def _volume(t: torch.Tensor) -> torch.Tensor:
@@ -728,7 +729,7 @@ def launch_conv_bn_act(
     tf32 = x.dtype == torch.float32 and (
         allow_tf32_of_convolutions() if allow_tf32 is None else allow_tf32
     )
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(kg, config.block_n) * groups
+    tiles = cdiv(m, config.block_m) * cdiv(kg, config.block_n) * groups
     if config.packed and splits > 1:
         raise ValueError(f"splits: expected 1 with {config.name}, got {splits}")
     out, sy, pixel_step = y, y5.stride(), _pixel_stride(y5)
@@ -780,7 +781,7 @@ def launch_conv_bn_act(
             )  # fmt: skip
         if splits > 1:
             rows, columns = _SUM_TILE
-            tiles = triton.cdiv(m, rows) * triton.cdiv(k_total, columns)
+            tiles = cdiv(m, rows) * cdiv(k_total, columns)
             wrap_triton(sum_kernel)[(tiles,)](
                 out, *after, y, m, pixels, k_total,
                 y5.stride(0), y5.stride(1), _pixel_stride(y5),

@@ -23,7 +23,18 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activation_code
-from .launch import INTERPRET, Wrap, check_input, check_shape, check_tensor, device_of, direct, hint
+from .launch import (
+    INTERPRET,
+    Wrap,
+    cdiv,
+    check_input,
+    check_shape,
+    check_tensor,
+    device_of,
+    direct,
+    hint,
+    next_power_of_2,
+)
 from .product import allow_tf32_of_convolutions, dot
 
 
@@ -236,7 +247,7 @@ def configs(dtype: torch.dtype) -> tuple[Config, ...]:
 
 def _block(channels: int) -> int:
     """The power of two, 16 or more, that covers the channels: a tile's side."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, next_power_of_2(channels))
 
 
 def choose_config(
@@ -274,8 +285,8 @@ def choose_config(
 
 def slices_of(pixels: int, steps: int, config: Config) -> int:
     """Slices of the output channels that one program takes where they are independent."""
-    splits = max(1, min(steps, _PROGRAMS // max(1, triton.cdiv(pixels, config.block_m))))
-    return min(steps, triton.next_power_of_2(triton.cdiv(steps, splits)))
+    splits = max(1, min(steps, _PROGRAMS // max(1, cdiv(pixels, config.block_m))))
+    return min(steps, next_power_of_2(cdiv(steps, splits)))
 
 
 def runs(x: torch.Tensor) -> bool:
@@ -644,17 +655,17 @@ def launch_residual_chain(
     def pointer(t: torch.Tensor | None) -> torch.Tensor:
         return x if t is None else t
 
-    rows = triton.cdiv(m, config.block_m)
+    rows = cdiv(m, config.block_m)
     with device_of(x):
         if weight3 is None:
-            wrap_triton(basic_kernel)[(rows * triton.cdiv(outputs, config.block_n),)](
+            wrap_triton(basic_kernel)[(rows * cdiv(outputs, config.block_n),)](
                 x, weight2, *vectors2, residual, pointer(weight_d), *vectors_d, y,
                 m, height, width, p, q, channels, outputs, *residual_size, **flags,
             )  # fmt: skip
             return y, h
-        steps = triton.cdiv(outputs, config.block_n)
+        steps = cdiv(outputs, config.block_n)
         slices = steps if weight_n is not None else slices_of(hint(m), steps, config)
-        wrap_triton(chain_kernel)[(rows, triton.cdiv(steps, slices))](
+        wrap_triton(chain_kernel)[(rows, cdiv(steps, slices))](
             x, pointer(weight2), *vectors2, weight3, *vectors3,
             residual, pointer(weight_d), *vectors_d, pointer(weight_n), *vectors_n, y, h,
             m, height, width, p, q, channels, mid, outputs, *residual_size, following,

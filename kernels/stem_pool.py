@@ -13,10 +13,12 @@ from .launch import (
     DTYPES,
     INTERPRET,
     Wrap,
+    cdiv,
     channel_vector,
     check_input,
     device_of,
     direct,
+    next_power_of_2,
     output_format,
 )
 from .product import allow_tf32_of_convolutions, dot
@@ -341,16 +343,16 @@ def launch_stem_pool(
     )
     if config is None:
         config = configs(weight.dtype, tf32)[0]
-    tiles = triton.cdiv(pooled_q, config.pairs - HALO) * triton.cdiv(k, config.block_k)
+    tiles = cdiv(pooled_q, config.pairs - HALO) * cdiv(k, config.block_k)
     if strip is None:
-        strip = min(pooled_p, max(4, triton.cdiv(n * tiles * pooled_p, PROGRAMS)))
+        strip = min(pooled_p, max(4, cdiv(n * tiles * pooled_p, PROGRAMS)))
     if (w + 4 * config.pairs) * x.stride(3) + c * x.stride(1) >= 1 << 31:
         # Within a row offsets have 32 bits.
         x = x.contiguous(memory_format=torch.channels_last)
     sx = x.stride()
     unit = 8 if pooled_q % 8 == 0 else 1
     with device_of(x):
-        wrap_triton(stem_pool_kernel)[(n * triton.cdiv(pooled_p, strip) * tiles,)](
+        wrap_triton(stem_pool_kernel)[(n * cdiv(pooled_p, strip) * tiles,)](
             x, weight, *vectors, y, h, w, p, q, k, pooled_p, pooled_q // unit, strip,
             *sx, *weight.stride(),
             C=c,
@@ -368,7 +370,7 @@ def launch_stem_pool(
             PAIRS=config.pairs,
             HALO=HALO,
             BLOCK_K=config.block_k,
-            BLOCK_I=max(16, triton.next_power_of_2(8 * c)),
+            BLOCK_I=max(16, next_power_of_2(8 * c)),
             num_warps=config.num_warps,
             num_stages=1,
         )  # fmt: skip

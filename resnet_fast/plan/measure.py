@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -46,12 +47,15 @@ def measure(
     runs: Mapping[str, Callable[[], Tensor]], device: torch.device, rounds: int = _ROUNDS
 ) -> dict[str, float]:
     """Median microseconds of each of ``runs``, after one unread warm-up call each."""
-    seconds = seconds_cuda if device.type == "cuda" else _seconds_cpu
+    on_cuda = device.type == "cuda"
+    seconds = seconds_cuda if on_cuda else _seconds_cpu
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.inference_mode():
+    # Events and the sleep are the current device's.
+    current = torch.cuda.device(device) if on_cuda else contextlib.nullcontext()
+    with torch.inference_mode(), current:
         for run in runs.values():
             run()
-        if device.type == "cuda":
+        if on_cuda:
             torch.cuda.synchronize(device)
         for _ in range(rounds):
             for name, run in runs.items():
