@@ -146,7 +146,10 @@ def test_a_change_has_it_recorded_again(fused: nn.Module, change: str, no_grad: 
     state.graphs = kept
 
 
-@pytest.mark.parametrize("case", ["grad", "train", "part in train", "hook", "autocast", "patched"])
+CASES = ["grad", "train", "part in train", "hook", "autocast", "patched", "inference tensors"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_what_a_recording_would_not_mean_is_not_recorded(fused: Any, case: str) -> None:
     recorder = recording(fused)
     seen: list[Any] = []
@@ -159,6 +162,9 @@ def test_what_a_recording_would_not_mean_is_not_recorded(fused: Any, case: str) 
     if case == "patched":
         forward = fused.layer1.forward
         fused.layer1.forward = lambda x: seen.append(1) or forward(x)
+    if case == "inference tensors":
+        with torch.inference_mode():
+            fused.fc.weight = nn.Parameter(fused.fc.weight.clone(), requires_grad=False)
     cast = torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast")
     with torch.set_grad_enabled(case == "grad"), cast:
         y = fused(images())

@@ -12,6 +12,7 @@ decides in ``forward`` beyond that is taken as it was then.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,8 +194,9 @@ class Replays:
             self._recorder.finish()
         while len(self._known) >= _KINDS:
             self._known.pop(next(iter(self._known)))
-        if _library.native() is None:
-            return None
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        if _library.native() is None or any(t.is_inference() for t in tensors):
+            return None  # inference tensors have no version to compare
         guard = guard_of(model)
         for module in model.modules():
             guard.same(module.__dict__, "training", False)
