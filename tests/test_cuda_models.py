@@ -153,7 +153,8 @@ def test_forced_candidate(name: str, candidate: str, dtype: torch.dtype) -> None
         with plan.use(forced), warnings.catch_warnings():
             # Beyond the budget cuDNN's call gives way, with a warning.
             warnings.simplefilter("error" if candidate in OURS else "ignore")
-            pair.expect(model(x), x)
+            for _ in range(2):  # the second call is prepared by the first
+                pair.expect(model(x), x)
             chosen = [row["candidate"] for row in plan.model_rows(model)]
     assert chosen.count(candidate) >= (len(accepting) if candidate in OURS else 1), chosen
 

@@ -81,6 +81,14 @@ def batch_class(x: Tensor) -> tuple[bool, bool]:
     return x.shape[0] == 1, x.shape[0] >= 16
 
 
+def batch_kind(x: Tensor) -> Any:
+    """Batches that one choice of a candidate serves, on the device of ``x``.
+
+    A GPU's kernels are picked by how many tiles there are: each power of two is decided anew.
+    """
+    return batch_class(x) if x.device.type == "cpu" else (x.shape[0] - 1).bit_length()
+
+
 class Prepared:
     """One call of a site in ``eval()`` without recorded gradients.
 

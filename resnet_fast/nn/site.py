@@ -17,7 +17,7 @@ from resnet_fast.errors import ArgumentError
 from resnet_fast.nn import recorder as _recorder
 from resnet_fast.nn.prepared import (
     Prepared,
-    batch_class,
+    batch_kind,
     hooks_of,
     is_autocasting,
     is_transforming,
@@ -119,7 +119,7 @@ class FusedSite(nn.Module):
             residual: added before the activation, of the output's shape.
         """
         if not torch.compiler.is_compiling():
-            prepared = self._prepared.get((batch_class(x), x.shape[1:], residual is None))
+            prepared = self._prepared.get((batch_kind(x), x.shape[1:], residual is None))
             if prepared is not None and prepared.holds(x, conv, bn, residual):
                 y = prepared.call(x, residual)
                 recorder = _recorder.active()
@@ -346,14 +346,13 @@ class FusedSite(nn.Module):
         ready = Prepared(
             x, conv, bn, args.tensors, tuple(y.shape[1:]), lambda: prepare(x, args, self.act)
         )
-        key = (batch_class(x), x.shape[1:], residual is None)
+        key = (batch_kind(x), x.shape[1:], residual is None)
         keep(self._prepared, key, ready)
 
     @staticmethod
     def _key(x: Tensor, args: ConvArgs, residual: Tensor | None) -> Any:
         return (
-            # A GPU's kernels are picked by how many tiles there are: each power of two binds anew.
-            batch_class(x) if x.device.type == "cpu" else (x.shape[0] - 1).bit_length(),
+            batch_kind(x),
             x.shape[1:],
             x.dtype,
             x.is_contiguous(),

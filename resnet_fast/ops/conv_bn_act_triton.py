@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from resnet_fast.ops._triton import AVAILABLE, implement, register, room
+from resnet_fast.ops._pack import Call
+from resnet_fast.ops._triton import AVAILABLE, implement, launched, register, room
 
 register(
     "_conv_bn_act_triton",
@@ -36,3 +38,32 @@ def variant(
         math.prod(weight_shape[2:]),
     )
     return f"{config.name}/{splits}"
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+) -> Call:
+    """The op for inputs like ``x``: call it with input and residual, without gradients.
+
+    What the dispatcher and the launcher's checks cost the host, twice a small kernel's time on the
+    device, is paid once a shape. Under a ``TorchDispatchMode``, which would not see the launch, the
+    op itself is called.
+    """
+    geometry = (stride, padding, dilation, groups, act)
+    launch = room("conv_bn_act").prepare_conv_bn_act(weight.detach(), scale, shift, *geometry)
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        if torch._C._len_torch_dispatch_stack():
+            op = torch.ops.resnet_fast._conv_bn_act_triton.default
+            return op(x, weight, scale, shift, residual, *geometry)
+        return launched(launch, x, residual)
+
+    return call

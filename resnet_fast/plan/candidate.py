@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,6 +113,10 @@ def run_aten(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Te
     return activation.value(act, y)
 
 
+def _prepare_aten(x: Tensor, args: ConvArgs, act: str) -> _pack.Call:
+    return lambda x, residual: run_aten(x, args, residual, act)
+
+
 # onednn: the framework's fused CPU convolution over packed weights.
 
 
@@ -199,6 +203,12 @@ def _through(op: str, traced: bool) -> Run:
     return run
 
 
+def _prepare_triton(x: Tensor, args: ConvArgs, act: str) -> _pack.Call:
+    weight = _pack.weight_like(x, args.weight)
+    scale, shift = _affine(x, args)
+    return conv_bn_act_triton.prepare(x, weight, scale, shift, *args[7:], act)
+
+
 def _triton_variant(site: Site) -> str:
     dtype = DTYPES[site.dtype]
     return conv_bn_act_triton.variant(dtype, site.out_shape, site.weight_shape, site.groups)
@@ -237,6 +247,13 @@ def _implicit_gemm_variant(tile: str, site: Site) -> str:
     )
 
 
+def _prepare_implicit_gemm(tile: str, x: Tensor, args: ConvArgs, act: str) -> _pack.Call:
+    weight = _weight_channels_last(x, args.weight)
+    scale, shift = _affine(x, args)
+    after = (*args[7:], act, tile)
+    return lambda x, residual: conv_bn_act_cuda.run(x, weight, scale, shift, residual, *after)
+
+
 def _implicit_gemm(tile: str, traced: bool) -> Run:
     affine = _affine_traced if traced else _affine
 
@@ -266,7 +283,8 @@ def _implicit_gemms() -> list[Candidate]:
             functools.partial(_reject_implicit_gemm, tile),
             _implicit_gemm(tile, False),
             _implicit_gemm(tile, True),
-            variant=functools.partial(_implicit_gemm_variant, tile),
+            functools.partial(_prepare_implicit_gemm, tile),
+            functools.partial(_implicit_gemm_variant, tile),
         )
         for tile in ("", *conv_bn_act_cuda.HALF_TILES)
     ]
@@ -286,21 +304,39 @@ def _reject_epilogue(site: Site) -> str | None:
     return "the CUDA op library is not loaded, and Triton is not installed"
 
 
+_BN_ACT = "bn_act" if _library.status()["cuda"].loaded else "_bn_act_triton"
+
+
+def _then_epilogue(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    geometry: tuple[Any, ...],
+    act: str,
+) -> Tensor:
+    y = _CONV[x.dim() - 2](x, weight, None, *geometry)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=channels_last(y) or torch.contiguous_format)
+    return getattr(torch.ops.resnet_fast, _BN_ACT)(y, scale, shift, residual, act)
+
+
 def _epilogue(traced: bool) -> Run:
     affine = _affine_traced if traced else _affine
-    op = "bn_act" if _library.status()["cuda"].loaded else "_bn_act_triton"
 
     def run(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
-        scale, shift = affine(x, args)
         weight = args.weight.to(x.dtype) if traced else _pack.weight_like(x, args.weight)
-        y = _CONV[x.dim() - 2](x, weight, None, *args[7:])
-        if residual is not None:
-            residual = residual.contiguous(
-                memory_format=channels_last(y) or torch.contiguous_format
-            )
-        return getattr(torch.ops.resnet_fast, op)(y, scale, shift, residual, act)
+        return _then_epilogue(x, weight, *affine(x, args), residual, args[7:], act)
 
     return run
+
+
+def _prepare_epilogue(x: Tensor, args: ConvArgs, act: str) -> _pack.Call:
+    weight = _pack.weight_like(x, args.weight).detach()
+    scale, shift = _affine(x, args)
+    geometry = args[7:]
+    return lambda x, residual: _then_epilogue(x, weight, scale, shift, residual, geometry, act)
 
 
 # cudnn: the library's fused convolution, bias, add and ReLU over folded weights.
@@ -316,23 +352,32 @@ def _reject_cudnn(site: Site) -> str | None:
     return None
 
 
-def _run_cudnn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+def _prepare_cudnn(x: Tensor, args: ConvArgs, act: str) -> _pack.Call:
+    layout = torch.channels_last
+
     def build() -> tuple[Tensor, Tensor]:
         scale, shift = _pack.fold(*args[1:7])
         weight = args.weight.float()
         if scale is not None:
             weight = weight * scale.view(-1, 1, 1, 1)
         bias = weight.new_zeros(weight.shape[0]) if shift is None else shift
-        layout = torch.channels_last
         return weight.to(x.dtype).contiguous(memory_format=layout), bias.to(x.dtype)
 
     weight, bias = _pack.cached(("cudnn", x.dtype, args.eps), args.tensors, build)
     geometry = (args.stride, args.padding, args.dilation, args.groups)
-    x = x.contiguous(memory_format=torch.channels_last)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=layout)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        residual = residual.contiguous(memory_format=layout)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+    return call
+
+
+def _run_cudnn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
+    return _prepare_cudnn(x, args, act)(x, residual)
 
 
 def _trace_cudnn(x: Tensor, args: ConvArgs, residual: Tensor | None, act: str) -> Tensor:
@@ -386,12 +431,15 @@ CANDIDATES: dict[str, Candidate] = {
             _reject_triton,
             _through(_TRITON, False),
             _through(_TRITON, True),
-            variant=_triton_variant,
+            _prepare_triton,
+            _triton_variant,
         ),
         *_implicit_gemms(),
-        Candidate("cudnn", _reject_cudnn, _run_cudnn, _trace_cudnn),
-        Candidate("conv+bn_act", _reject_epilogue, _epilogue(False), _epilogue(True)),
-        Candidate("aten", _never, run_aten, run_aten),
+        Candidate("cudnn", _reject_cudnn, _run_cudnn, _trace_cudnn, _prepare_cudnn),
+        Candidate(
+            "conv+bn_act", _reject_epilogue, _epilogue(False), _epilogue(True), _prepare_epilogue
+        ),
+        Candidate("aten", _never, run_aten, run_aten, _prepare_aten),
     )
 }
 

@@ -152,6 +152,55 @@ def test_conv_int64_offsets_and_op(name: str) -> None:
     assert torch.equal(y, conv_bn_act.launch_conv_bn_act(*args, wide=True))
 
 
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_conv_prepared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of the first call of a kind launches the next ones, and those of no other."""
+    g = GEOMETRIES[name]
+    decided: list[Any] = []
+    decide = conv_bn_act._decide
+    monkeypatch.setattr(conv_bn_act, "_decide", lambda *a: decided.append(a) or decide(*a))
+    for dtype in (torch.float16, torch.float32):
+        x, weight, scale, shift, residual, *rest = _conv_args(g, dtype, seed=3)
+        call = conv_bn_act.prepare_conv_bn_act(weight, scale, shift, *rest)
+        call(x, residual)
+        decided.clear()
+        fresh = _conv_args(g, dtype, seed=4)
+        # The same weights, other inputs in memory of their own.
+        args = (fresh[0], weight, scale, shift, fresh[4], *rest)
+        y = call(fresh[0], fresh[4])
+        assert decided == []
+        _assert_budget("conv_bn_act", y, args)
+        assert torch.equal(y, conv_bn_act.launch_conv_bn_act(*args))
+        decided.clear()
+        more = torch.cat([fresh[0], x])
+        args = (more, *args[1:4], None, *rest)
+        assert torch.equal(call(more, None), conv_bn_act.launch_conv_bn_act(*args))
+        assert len(decided) == 2, "one image more, and no residual, is another kind"
+
+
+def test_conv_prepared_refuses_a_residual_of_another_kind() -> None:
+    x, weight, scale, shift, residual, *rest = _conv_args(GEOMETRIES["3x3"], torch.float16)
+    call = conv_bn_act.prepare_conv_bn_act(weight, scale, shift, *rest)
+    for _ in range(2):  # decided, and kept
+        with pytest.raises(ValueError, match="residual"):
+            call(x, residual[:1])
+        with pytest.raises(TypeError, match="residual"):
+            call(x, residual.float())
+        call(x, residual)
+    assert call(x[:0], residual[:0]).shape == (0, *residual.shape[1:])
+
+
+def test_conv_prepared_keeps_few_kinds() -> None:
+    x, weight, scale, shift, _, *rest = _conv_args(GEOMETRIES["1d-pointwise"], torch.float32)
+    call = conv_bn_act.prepare_conv_bn_act(weight, scale, shift, *rest)
+    for images in range(1, 20):
+        some = x[:1].expand(images, -1, -1).contiguous()
+        args = (some, weight, scale, shift, None, *rest)
+        assert torch.equal(call(some, None), conv_bn_act.launch_conv_bn_act(*args))
+    (known,) = [c.cell_contents for c in call.__closure__ or () if type(c.cell_contents) is dict]
+    assert len(known) == 16
+
+
 @pytest.mark.parametrize("name", ["1x1", "1x1-nchw", "3x3-stride2", "3x3-groups", "1d", "3d"])
 def test_conv_in_parts(name: str) -> None:
     """The reduction in two parts, and in more than there are blocks of channels."""
