@@ -22,6 +22,7 @@ from .launch import (
     device_of,
     direct,
     hint,
+    keep_few,
     needs_int64,
     output_format,
 )
@@ -850,10 +851,6 @@ def launch_conv_bn_act(
     return y
 
 
-# Shapes that a prepared call remembers; the oldest make room.
-_KEPT = 16
-
-
 def prepare_conv_bn_act(
     weight: torch.Tensor,
     scale: torch.Tensor | None,
@@ -879,14 +876,9 @@ def prepare_conv_bn_act(
             kind = (*kind, allow_tf32_of_convolutions())
         launch = known.get(kind)
         if launch is None:
-
-            def keep(launch: Launch) -> None:
-                known[kind] = launch
-                if len(known) > _KEPT:
-                    known.pop(next(iter(known)), None)
-
             return launch_conv_bn_act(
-                x, weight, scale, shift, residual, stride, padding, dilation, groups, act, keep=keep
+                *(x, weight, scale, shift, residual, stride, padding, dilation, groups, act),
+                keep=lambda launch: keep_few(known, kind, launch),
             )
         x = _laid_out(x)
         y = torch.empty(launch.shape, dtype=x.dtype, device=x.device, memory_format=launch.fmt)

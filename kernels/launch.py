@@ -44,6 +44,17 @@ def direct(kernel: Any) -> Any:
     return kernel
 
 
+# Kinds of arguments that a prepared call remembers: the oldest make room.
+_KINDS = 16
+
+
+def keep_few(known: dict[Any, Any], kind: Any, launch: Any) -> None:
+    """Enter what was decided for ``kind``, and let the oldest entry go beyond ``_KINDS``."""
+    known[kind] = launch
+    if len(known) > _KINDS:
+        known.pop(next(iter(known)), None)
+
+
 class Repeatable:
     """A launch of one kernel, to be repeated with other tensors of the same kind.
 

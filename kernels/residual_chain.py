@@ -16,6 +16,7 @@ neighbours, so nothing is computed twice; conv2 reads the same halo as it does o
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ import triton.language as tl
 from .activation import activate, activation_code
 from .launch import (
     INTERPRET,
+    Repeatable,
     Wrap,
     cdiv,
     check_input,
@@ -33,6 +35,7 @@ from .launch import (
     device_of,
     direct,
     hint,
+    keep_few,
     next_power_of_2,
 )
 from .product import allow_tf32_of_convolutions, dot
@@ -519,12 +522,16 @@ def _vectors(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     x: torch.Tensor,
+    absent: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift of one convolution as fp32 vectors, 1 and 0 where there are none."""
+    """Scale and shift of one convolution as fp32 vectors, 1 and 0 where there are none.
+
+    `absent` stands in where there is no convolution.
+    """
     if weight is None:
         if scale is not None or shift is not None:
             raise ValueError(f"scale{suffix}, shift{suffix}: expected none without weight{suffix}")
-        return x, x
+        return absent, absent
     found = []
     for name, vector, neutral in (("scale", scale, 1.0), ("shift", shift, 0.0)):
         if vector is None:
@@ -534,6 +541,27 @@ def _vectors(
             raise ValueError(f"{name}{suffix}: expected a tensor on {x.device}")
         found.append(vector.to(torch.float32).contiguous())
     return found[0], found[1]
+
+
+class Launch(NamedTuple):
+    """All of a call that its arguments' kinds and its parameters decide.
+
+    The kernel takes x, ``before``, the residual, ``after``, and the outputs.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    before: tuple[torch.Tensor, ...]
+    after: tuple[torch.Tensor, ...]
+    kernel: Repeatable
+
+
+def _empty(shapes: Sequence[tuple[int, ...]], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(
+        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        if len(shape) == 4
+        else x.new_empty(shape)
+        for shape in shapes
+    )
 
 
 def launch_residual_chain(
@@ -558,12 +586,13 @@ def launch_residual_chain(
     config: Config | None = None,
     allow_tf32: bool | None = None,
     wrap_triton: Wrap = direct,
+    keep: Callable[[Launch], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The block's output and the next convolution's, both channels-last, in x's dtype.
 
     See resnet_fast.ops.residual_chain for the arguments. Tensors in another layout are copied
-    first. `config` overrides the heuristic, `allow_tf32` torch.backends.cudnn.allow_tf32. Raises
-    ValueError or TypeError rather than read out of bounds.
+    first. `config` overrides the heuristic, `allow_tf32` torch.backends.cudnn.allow_tf32; `keep` is
+    given the launch. Raises ValueError or TypeError rather than read out of bounds.
     """
     check_input(x)
     if weight2 is None and weight3 is None:
@@ -606,23 +635,24 @@ def launch_residual_chain(
         if stride_d != 1:
             raise ValueError(f"stride_d: expected 1 without weight_d, got {stride_d}")
         check_shape("residual", residual, (images, outputs, p, q))
-    vectors2 = _vectors("2", weight2, scale2, shift2, x)
-    vectors3 = _vectors("3", weight3, scale3, shift3, x)
-    vectors_d = _vectors("_d", weight_d, scale_d, shift_d, x)
-    vectors_n = _vectors("_n", weight_n, scale_n, shift_n, x)
+    # What stands in for an absent tensor is never read; x would be kept alive by a kept launch.
+    absent = weight2 if weight3 is None else weight3
+    assert absent is not None
+    vectors2 = _vectors("2", weight2, scale2, shift2, x, absent)
+    vectors3 = _vectors("3", weight3, scale3, shift3, x, absent)
+    vectors_d = _vectors("_d", weight_d, scale_d, shift_d, x, absent)
+    vectors_n = _vectors("_n", weight_n, scale_n, shift_n, x, absent)
 
-    def output(filters: int) -> torch.Tensor:
-        return torch.empty(
-            (images, filters, p, q),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
+    def pointer(t: torch.Tensor | None) -> torch.Tensor:
+        return absent if t is None else t
 
-    y = output(outputs)
-    h = output(following) if weight_n is not None else x.new_empty(0)
+    before = (pointer(weight2), *vectors2)
+    after = (pointer(weight_d), *vectors_d)
+    shape = (images, outputs, p, q)
+    shapes = (shape, (images, following, p, q) if weight_n is not None else (0,))
     m = images * p * q
     if m == 0 or outputs == 0:
+        y, h = _empty(shapes, x)
         return y, h
     if type(m) is int and m >= 1 << 31:
         raise ValueError(f"x: expected fewer than 2^31 output pixels, got {m}")
@@ -652,26 +682,68 @@ def launch_residual_chain(
         "num_stages": config.num_stages,
     }
 
-    def pointer(t: torch.Tensor | None) -> torch.Tensor:
-        return x if t is None else t
-
     rows = cdiv(m, config.block_m)
-    with device_of(x):
-        if weight3 is None:
-            wrap_triton(basic_kernel)[(rows * cdiv(outputs, config.block_n),)](
-                x, weight2, *vectors2, residual, pointer(weight_d), *vectors_d, y,
-                m, height, width, p, q, channels, outputs, *residual_size, **flags,
-            )  # fmt: skip
-            return y, h
+    sizes = (m, height, width, p, q, channels)
+    if weight3 is None:
+        shapes = shapes[:1]
+        grid: tuple[int, ...] = (rows * cdiv(outputs, config.block_n),)
+        kernel = Repeatable(basic_kernel, grid, (*sizes, outputs, *residual_size), flags)
+    else:
+        before = (*before, weight3, *vectors3)
+        after = (*after, pointer(weight_n), *vectors_n)
         steps = cdiv(outputs, config.block_n)
         slices = steps if weight_n is not None else slices_of(hint(m), steps, config)
-        wrap_triton(chain_kernel)[(rows, cdiv(steps, slices))](
-            x, pointer(weight2), *vectors2, weight3, *vectors3,
-            residual, pointer(weight_d), *vectors_d, pointer(weight_n), *vectors_n, y, h,
-            m, height, width, p, q, channels, mid, outputs, *residual_size, following,
-            HAS_CONV2=weight2 is not None, HAS_NEXT=weight_n is not None,
-            HELD=weight2 is not None or mid * x.element_size() <= MAX_HELD[x.dtype], SLICES=slices,
-            EVEN_MID=mid == _block(mid), EVEN_K=outputs % config.block_n == 0,
-            BLOCK_MID=_block(mid), BLOCK_NEXT=_block(following), **flags,
-        )  # fmt: skip
-    return y, h
+        flags |= {
+            "HAS_CONV2": weight2 is not None,
+            "HAS_NEXT": weight_n is not None,
+            "HELD": weight2 is not None or mid * x.element_size() <= MAX_HELD[x.dtype],
+            "SLICES": slices,
+            "EVEN_MID": mid == _block(mid),
+            "EVEN_K": outputs % config.block_n == 0,
+            "BLOCK_MID": _block(mid),
+            "BLOCK_NEXT": _block(following),
+        }
+        sizes = (*sizes, mid, outputs, *residual_size, following)
+        kernel = Repeatable(chain_kernel, (rows, cdiv(steps, slices)), sizes, flags)
+    launch = Launch(shapes, before, after, kernel)
+    results = _fire(launch, x, residual, wrap_triton)
+    if keep is not None:
+        keep(launch)
+    return results
+
+
+def _fire(
+    launch: Launch, x: torch.Tensor, residual: torch.Tensor, wrap_triton: Wrap = direct
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate the outputs and launch."""
+    outputs = _empty(launch.shapes, x)
+    operands = (x, *launch.before, residual, *launch.after, *outputs)
+    with device_of(x):
+        launch.kernel(*operands, wrap_triton=wrap_triton)
+    return outputs[0], outputs[1] if len(outputs) > 1 else x.new_empty(0)
+
+
+def prepare_residual_chain(
+    *parameters: Any,
+) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """:func:`launch_residual_chain` with all arguments but the first two bound.
+
+    The first call of a kind decides for those that follow, which allocate and launch.
+    """
+    known: dict[Any, Launch] = {}
+
+    def call(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kind = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (x, residual))
+        if x.dtype == torch.float32:
+            kind = (*kind, allow_tf32_of_convolutions())
+        launch = known.get(kind)
+        if launch is None:
+            return launch_residual_chain(
+                x, residual, *parameters, keep=lambda launch: keep_few(known, kind, launch)
+            )
+        last = torch.channels_last
+        return _fire(
+            launch, x.contiguous(memory_format=last), residual.contiguous(memory_format=last)
+        )
+
+    return call

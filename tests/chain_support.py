@@ -11,7 +11,6 @@ from torch import Tensor
 
 from resnet_fast.nn import chain as chain_module
 from resnet_fast.plan import cache, group
-from resnet_fast.plan import chain as place
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +23,23 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def chains_on_the_cpu(monkeypatch: pytest.MonkeyPatch, verdicts: Any) -> Iterator[list[str]]:
     """Lets chains run here, and win every measurement; the list has a row for each chain's call."""
     calls: list[str] = []
-    run = place.run_chain
+    prepare = chain_module.prepare
 
-    def noted(x: Tensor, residual: Tensor, operands: list[Any], *rest: Any) -> Any:
+    def noted(x: Tensor, operands: list[Any], *rest: Any) -> Any:
         weights = zip(("conv2", "conv3", "down", "next"), operands[::3], strict=True)
-        calls.append("+".join(name for name, weight in weights if weight is not None))
-        return run(x, residual, operands, *rest)
+        name = "+".join(name for name, weight in weights if weight is not None)
+        call = prepare(x, operands, *rest)
+
+        def run(inner: Tensor, x: Tensor) -> Any:
+            calls.append(name)
+            return call(inner, x)
+
+        return run
 
     monkeypatch.setenv("RESNET_FAST_CACHE_DIR", str(verdicts))
     cache.forget()
     monkeypatch.setattr(chain_module, "runs_on", lambda x: x.dtype is not torch.float64)
-    monkeypatch.setattr(chain_module, "run_chain", noted)
+    monkeypatch.setattr(chain_module, "prepare", noted)
     monkeypatch.setattr(
         group, "measure", lambda runs, device: {k: float(k == "layers") for k in runs}
     )

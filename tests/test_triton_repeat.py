@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from resnet_fast.kernels import conv_bn_act, launch
+from resnet_fast.kernels import conv_bn_act, launch, residual_chain
 from triton.backends.compiler import GPUTarget
 
 # Place of the first argument of the kernel in what a launcher is given: grid, stream, function,
@@ -60,7 +60,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
             return 7
 
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    monkeypatch.setattr(conv_bn_act, "check_input", lambda x: None)
+    for room in (conv_bn_act, residual_chain):
+        monkeypatch.setattr(room, "check_input", lambda x: None)
     yield _written
 
 
@@ -111,6 +112,31 @@ def test_the_arguments_are_those_of_tritons_own_launch(
     for one, other in zip(own, calls, strict=True):
         # The output, and between product and sum the parts.
         _same(one, other, outputs=1 if launches == 1 or one is own[0] else 2)
+
+
+# The chain with all of its operands, without the first and the last product, and the tail of a
+# basic block: filters of conv2, conv3, projection and next conv1, 0 for none.
+CHAINS = {"whole": (64, 64, 64, 64), "tail": (0, 64, 0, 0), "basic": (64, 0, 64, 0)}
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_a_chains_arguments_are_those_of_tritons_own_launch(case: str, calls: Calls) -> None:
+    last = torch.channels_last
+    x = torch.randn(2, 64, 8, 8).half().contiguous(memory_format=last)
+    operands: list[Any] = []
+    for filters, taps in zip(CHAINS[case], (3, 1, 1, 1), strict=True):
+        weight = torch.randn(filters, 64, taps, taps).half().contiguous(memory_format=last)
+        vectors = (torch.rand(filters), torch.rand(filters))
+        operands += [weight, *vectors] if filters else [None] * 3
+    prepared = residual_chain.prepare_residual_chain(*operands, 1, 1, "relu")
+    residual = torch.randn_like(x)
+    prepared(x, residual)
+    (own,) = calls
+    calls.clear()
+    prepared(x, residual)
+    (again,) = calls
+    # Without a next convolution the kernel is handed an empty tensor as its second output.
+    _same(own, again, outputs=2 if CHAINS[case][3] else 1)
 
 
 def test_only_the_first_launch_of_a_kind_is_tritons(

@@ -116,6 +116,27 @@ def test_repeated_runs_are_bit_identical() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: c.name)
+def test_prepared(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of the first call of a kind launches the next ones, and those of no other."""
+    x, residual, *parameters = make(chain, torch.float16).values()
+    call = room.prepare_residual_chain(*parameters)
+    call(x, residual)
+    fresh = (torch.randn_like(x), torch.randn_like(residual))
+    expected = room.launch_residual_chain(*fresh, *parameters)
+    with monkeypatch.context() as patch:
+        if x.shape[0]:  # nothing is launched on an empty batch, and nothing kept
+            patch.setattr(room, "launch_residual_chain", None)
+        for mine, theirs in zip(call(*fresh), expected, strict=True):
+            assert torch.equal(mine, theirs) and mine.stride() == theirs.stride()
+        if x.shape[0]:
+            with pytest.raises(TypeError, match="NoneType"):
+                call(*(torch.cat([t, t]) for t in fresh))
+    for _ in range(2):  # of another layout: decided, and kept
+        for mine, theirs in zip(call(*(t.contiguous() for t in fresh)), expected, strict=True):
+            assert torch.equal(mine, theirs) and mine.stride() == theirs.stride()
+
+
 def test_it_is_the_public_ops_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp16; fp32 without tf32 and fp64 run by the layers, and a failure of Triton is typed."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
