@@ -6,8 +6,9 @@ For each distinct convolution of the network, with its batch norm, residual and 
 candidates of its site that hold against fp64 (cuDNN's own path among them), in one interleaved run,
 the second-level cache cleared before each call. Bytes are those the layer has to move, so GB/s and
 the share of the roofline are comparable with a copy's. A candidate that leaves its error budget is
-listed and not timed. ``--warm`` verifies and compiles first, a process a CPU; ``--once`` runs each
-of this package's CUDA kernels once, for a sanitizer to watch.
+listed and not timed. On a GPU the row also has what a call costs the host, as it is and prepared
+as a site keeps it. ``--warm`` verifies and compiles first, a process a CPU; ``--once`` runs each of
+this package's CUDA kernels once, for a sanitizer to watch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +56,20 @@ def sites(model: str, batch: int, size: int, dtype: torch.dtype, device: str) ->
     return list(found.values())
 
 
+# Calls whose launches a GPU's queue holds: the host never waits for the device.
+_QUEUED = 64
+
+
+def host_us(run: Callable[[], Any]) -> float:
+    """Median microseconds until one call of ``run`` returns, the device idle at first."""
+    samples = []
+    for _ in range(_QUEUED):
+        start = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples) * 1e6
+
+
 def measure(site: Site, batch: int, device: torch.device, reps: int) -> dict[str, Any]:
     """One row: bytes, and every candidate's verdict, median and quartiles."""
     x, args, residual = random_inputs(site, device, batch)
@@ -73,6 +89,7 @@ def measure(site: Site, batch: int, device: torch.device, reps: int) -> dict[str
         seconds, row["roof"] = known.seconds(row["bytes"], work.flops, kind)
         row["roofline_us"] = seconds * 1e6
     runs: dict[str, Callable[[], Any]] = {}
+    kept: dict[str, Callable[[], Any]] = {}
     for name, candidate in CANDIDATES.items():
         if candidate.reject(site) is not None:
             continue
@@ -85,10 +102,18 @@ def measure(site: Site, batch: int, device: torch.device, reps: int) -> dict[str
         row["candidates"][name] = entry
         if entry.get("ok", True):
             runs[name] = functools.partial(candidate.run, x, args, residual, site.act)
+            if candidate.prepare is not None:
+                kept[name] = functools.partial(candidate.prepare(x, args, site.act), x, residual)
     with torch.inference_mode():
         for name, samples in interleaved(runs, device, reps).items():
             low, median, high = statistics.quantiles([*samples, *samples], n=4)
             row["candidates"][name] |= {"median_us": median, "quartiles_us": [low, high]}
+        for key, calls in (("host_us", runs), ("prepared_host_us", kept)):
+            for name, run in calls.items() if device.type == "cuda" else ():
+                run()  # what is paid once
+                torch.cuda.synchronize(device)
+                row["candidates"][name][key] = host_us(run)
+                torch.cuda.synchronize(device)
     return row
 
 
@@ -113,6 +138,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         wrong = [k for k, v in row["candidates"].items() if not v.get("ok", True)]
         if wrong:
             lines.append(f"{'':>18} beyond the error budget, not timed: {', '.join(wrong)}")
+    for key, meaning in (("host_us", "as it is"), ("prepared_host_us", "prepared")):
+        costs: dict[str, list[float]] = {}
+        for row in rows:
+            for name, entry in row["candidates"].items():
+                if key in entry:
+                    costs.setdefault(name, []).append(entry[key])
+        if costs:
+            told = ", ".join(f"{k} {statistics.median(v):.0f}" for k, v in costs.items())
+            lines.append(f"us of the host a call, {meaning}, median: {told}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,6 +224,24 @@ def test_single_convolutions_are_verified_before_they_are_timed(
         for entry in row["candidates"].values():
             assert ("median_us" in entry) == entry.get("ok", True)
     assert capsys.readouterr().out.count("\n") >= 15
+
+
+def test_what_calls_cost_the_host_is_told_by_candidate() -> None:
+    def row(one: float, other: float) -> dict[str, Any]:
+        costs = {
+            "triton": {"host_us": one, "prepared_host_us": one / 4},
+            "aten": {"host_us": other},
+        }
+        return {"key": "conv|1x2x3x4|2x2x1x1|", "candidates": costs}
+
+    told = convolutions.table([row(100, 30), row(120, 40)]).splitlines()[-2:]
+    assert told == [
+        "us of the host a call, as it is, median: triton 110, aten 35",
+        "us of the host a call, prepared, median: triton 28",
+    ]
+    assert "host" not in convolutions.table([{"key": "a|b|c", "candidates": {"aten": {}}}])
+    slow = convolutions.host_us(lambda: time.sleep(1e-3))
+    assert 1e3 <= slow < 1e5
 
 
 def test_a_training_step_is_held_against_the_frameworks(

@@ -77,9 +77,10 @@ def run(
     ):
         expected = "float16, bfloat16, or float32 where torch.backends.cudnn allows TF32"
         raise DTypeError("x", expected, "float32 without TF32")
-    return torch.ops.resnet_fast._conv_bn_act_cuda(
+    y: Tensor = torch.ops.resnet_fast._conv_bn_act_cuda.default(
         x, weight, scale, shift, residual, stride, padding, dilation, groups, act, tile, splits
     )
+    return y
 
 
 def variant(
