@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,12 +13,14 @@ from .activation import activate, activation_code
 from .launch import (
     DTYPES,
     INTERPRET,
+    Repeatable,
     Wrap,
     cdiv,
     channel_vector,
     check_input,
     device_of,
     direct,
+    keep_few,
     next_power_of_2,
     output_format,
 )
@@ -286,6 +289,15 @@ def stem_pool_kernel(
                 best = across
 
 
+class Launch(NamedTuple):
+    """All of a call that its arguments' kinds decide; ``relaid`` says that x is copied first."""
+
+    shape: tuple[int, ...]
+    fmt: torch.memory_format
+    relaid: bool
+    kernel: Repeatable
+
+
 def launch_stem_pool(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -299,13 +311,14 @@ def launch_stem_pool(
     strip: int | None = None,
     allow_tf32: bool | None = None,
     wrap_triton: Wrap = direct,
+    keep: Callable[[Launch], None] | None = None,
 ) -> torch.Tensor:
     """The stem in weight's dtype, accumulated in fp32; channels-last only where x is.
 
     x is [N, C, H, W] of any strides, floating point or uint8, with C up to 4; weight is
     [K, C, 7, 7]. `config` overrides the dtype's, `strip` the pooled rows of a program,
-    `allow_tf32` torch.backends.cudnn.allow_tf32. Raises ValueError or TypeError rather than read
-    out of bounds.
+    `allow_tf32` torch.backends.cudnn.allow_tf32; `keep` is given the launch. Raises ValueError or
+    TypeError rather than read out of bounds.
     """
     check_input(weight)
     if x.dtype not in (*DTYPES, torch.uint8):
@@ -346,32 +359,75 @@ def launch_stem_pool(
     tiles = cdiv(pooled_q, config.pairs - HALO) * cdiv(k, config.block_k)
     if strip is None:
         strip = min(pooled_p, max(4, cdiv(n * tiles * pooled_p, PROGRAMS)))
-    if (w + 4 * config.pairs) * x.stride(3) + c * x.stride(1) >= 1 << 31:
-        # Within a row offsets have 32 bits.
+    # Within a row offsets have 32 bits.
+    relaid = (w + 4 * config.pairs) * x.stride(3) + c * x.stride(1) >= 1 << 31
+    if relaid:
         x = x.contiguous(memory_format=torch.channels_last)
     sx = x.stride()
     unit = 8 if pooled_q % 8 == 0 else 1
+    grid = (n * cdiv(pooled_p, strip) * tiles,)
+    sizes = (h, w, p, q, k, pooled_p, pooled_q // unit, strip, *sx, *weight.stride())
+    flags = {
+        "C": c,
+        "HAS_SCALE": scale is not None,
+        "HAS_SHIFT": shift is not None,
+        "HAS_INPUT_SCALE": input_scale is not None,
+        "HAS_INPUT_SHIFT": input_shift is not None,
+        "ACT": code,
+        "ALLOW_TF32": tf32,
+        "INTERPRET": INTERPRET,
+        "LINEAR": sx[3] == c and (c == 1 or sx[1] == 1),
+        "UNIT": unit,
+        "Y_LAST": fmt == torch.channels_last,
+        "STATIC": tf32 or weight.dtype != torch.float32,
+        "PAIRS": config.pairs,
+        "HALO": HALO,
+        "BLOCK_K": config.block_k,
+        "BLOCK_I": max(16, next_power_of_2(8 * c)),
+        "num_warps": config.num_warps,
+        "num_stages": 1,
+    }
+    kernel = Repeatable(stem_pool_kernel, grid, sizes, flags)
     with device_of(x):
-        wrap_triton(stem_pool_kernel)[(n * cdiv(pooled_p, strip) * tiles,)](
-            x, weight, *vectors, y, h, w, p, q, k, pooled_p, pooled_q // unit, strip,
-            *sx, *weight.stride(),
-            C=c,
-            HAS_SCALE=scale is not None,
-            HAS_SHIFT=shift is not None,
-            HAS_INPUT_SCALE=input_scale is not None,
-            HAS_INPUT_SHIFT=input_shift is not None,
-            ACT=code,
-            ALLOW_TF32=tf32,
-            INTERPRET=INTERPRET,
-            LINEAR=sx[3] == c and (c == 1 or sx[1] == 1),
-            UNIT=unit,
-            Y_LAST=fmt == torch.channels_last,
-            STATIC=tf32 or weight.dtype != torch.float32,
-            PAIRS=config.pairs,
-            HALO=HALO,
-            BLOCK_K=config.block_k,
-            BLOCK_I=max(16, next_power_of_2(8 * c)),
-            num_warps=config.num_warps,
-            num_stages=1,
-        )  # fmt: skip
+        kernel(x, weight, *vectors, y, wrap_triton=wrap_triton)
+    if keep is not None:
+        keep(Launch((n, k, pooled_p, pooled_q), fmt, relaid, kernel))
     return y
+
+
+def prepare_stem_pool(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    input_shift: torch.Tensor | None,
+    act: str,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """:func:`launch_stem_pool` with all but the image bound.
+
+    The first call of a kind decides for those that follow, which allocate and launch.
+    """
+    vectors = [
+        None if t is None else t.to(torch.float32).contiguous()
+        for t in (scale, shift, input_scale, input_shift)
+    ]
+    operands = [weight if t is None else t for t in vectors]  # the stand-in is never read
+    known: dict[Any, Launch] = {}
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        kind: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, x.device)
+        if weight.dtype == torch.float32:
+            kind = (*kind, allow_tf32_of_convolutions())
+        launch = known.get(kind)
+        if launch is None:
+            return launch_stem_pool(
+                x, weight, *vectors, act, keep=lambda launch: keep_few(known, kind, launch)
+            )
+        if launch.relaid:
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = torch.empty(launch.shape, dtype=weight.dtype, device=x.device, memory_format=launch.fmt)
+        with device_of(x):
+            launch.kernel(x, weight, *operands, y)
+        return y
+
+    return call

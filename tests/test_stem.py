@@ -28,16 +28,21 @@ from resnet_fast.testing.networks import randomize_batchnorm_
 def stems_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[Tensor]]:
     """Lets the stem's kernel run here, win every measurement, and note what it is given."""
     calls: list[Tensor] = []
-    run = place.run_stem
+    prepare = place.prepare_stem
 
-    def noted(x: Tensor, *rest: Any) -> Tensor:
-        calls.append(x)
-        return run(x, *rest)
+    def noted(x: Tensor, *rest: Any) -> Any:
+        call = prepare(x, *rest)
+
+        def run(x: Tensor) -> Tensor:
+            calls.append(x)
+            return call(x)
+
+        return run
 
     monkeypatch.setenv("RESNET_FAST_CACHE_DIR", str(tmp_path))
     cache.forget()
     monkeypatch.setattr(chain_module, "runs_on", lambda x: True)
-    monkeypatch.setattr(stem_module, "run_stem", noted)
+    monkeypatch.setattr(stem_module, "prepare_stem", noted)
     monkeypatch.setattr(chain_module.Chains, "forward", lambda self, stages, paths, x: x.flatten(1))
     monkeypatch.setattr(
         group, "measure", lambda runs, device: {k: float(k == "layers") for k in runs}

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from resnet_fast.kernels import conv_bn_act, launch, residual_chain
+from resnet_fast.kernels import conv_bn_act, launch, residual_chain, stem_pool
 from triton.backends.compiler import GPUTarget
 
 # Place of the first argument of the kernel in what a launcher is given: grid, stream, function,
@@ -60,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
             return 7
 
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    for room in (conv_bn_act, residual_chain):
+    for room in (conv_bn_act, residual_chain, stem_pool):
         monkeypatch.setattr(room, "check_input", lambda x: None)
     yield _written
 
@@ -137,6 +137,18 @@ def test_a_chains_arguments_are_those_of_tritons_own_launch(case: str, calls: Ca
     (again,) = calls
     # Without a next convolution the kernel is handed an empty tensor as its second output.
     _same(own, again, outputs=2 if CHAINS[case][3] else 1)
+
+
+def test_a_stems_arguments_are_those_of_tritons_own_launch(calls: Calls) -> None:
+    x = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    vectors = [torch.rand(n) for n in (64, 64, 3, 3)]
+    prepared = stem_pool.prepare_stem_pool(torch.randn(64, 3, 7, 7).half(), *vectors, "relu")
+    prepared(x)
+    (own,) = calls
+    calls.clear()
+    prepared(x)
+    (again,) = calls
+    _same(own, again, outputs=1)
 
 
 def test_only_the_first_launch_of_a_kind_is_tritons(

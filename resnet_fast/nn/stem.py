@@ -20,7 +20,7 @@ from resnet_fast.plan import binding as _binding
 from resnet_fast.plan.group import Choice, choose
 from resnet_fast.plan.plan import LAYERS
 from resnet_fast.plan.site import Site, device_name, dtype_name
-from resnet_fast.plan.stem import kernels, key_of, operands, run_stem, verify_stem
+from resnet_fast.plan.stem import kernels, key_of, operands, prepare_stem, verify_stem
 
 POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
@@ -57,17 +57,18 @@ class StemPlace:
             device=device_name(x.device),
         )
 
-        def stem(kernel: str, x: Tensor) -> Tensor:
-            return run_stem(x.contiguous(memory_format=torch.channels_last), held, "relu", kernel)
+        def stem(kernel: str) -> Callable[[Tensor], Tensor]:
+            call = prepare_stem(x, held, "relu", kernel)
+            return lambda x: call(x.contiguous(memory_format=torch.channels_last))
 
-        names = kernels(x)
+        stems = {name: stem(name) for name in kernels(x)}
         choice = choose(
             key_of(site),
             x.device,
-            {name: partial(verify_stem, site, x.device, name) for name in names},
-            {**{name: partial(stem, name, x) for name in names}, LAYERS: layers},
+            {name: partial(verify_stem, site, x.device, name) for name in stems},
+            {**{name: partial(call, x) for name, call in stems.items()}, LAYERS: layers},
         )
-        return choice, None if choice.name == LAYERS else partial(stem, choice.name)
+        return choice, stems.get(choice.name)
 
     @staticmethod
     def describe(choice: Choice) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,6 +45,17 @@ def run_stem(
     if kernel == NATIVE:
         return torch.ops.resnet_fast._stem_pool_cuda(x, *operands, None, None, act)
     return torch.ops.resnet_fast.stem_pool(x, *operands, None, None, act)
+
+
+def prepare_stem(
+    x: Tensor, operands: tuple[Tensor | None, ...], act: str, kernel: str = NAME
+) -> Callable[[Tensor], Tensor]:
+    """:func:`run_stem` for images like ``x``."""
+    if kernel == NATIVE:
+        op = torch.ops.resnet_fast._stem_pool_cuda.default
+        return lambda x: op(x, *operands, None, None, act)
+    call: Callable[[Tensor], Tensor] = ops.module(NAME).prepare(x, *operands, None, None, act)
+    return call
 
 
 def run_layers(x: Tensor, args: ConvArgs, act: str) -> Tensor:

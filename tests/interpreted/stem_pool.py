@@ -249,3 +249,33 @@ def test_refuses(changes: dict[str, Any]) -> None:
     args = dict(zip(names, _arguments((1, 3, 9, 9), 10, torch.float32), strict=True))
     with pytest.raises((ValueError, TypeError)):
         stem_pool.launch_stem_pool(**{**args, **changes}, wrap_triton=_no_launch)
+
+
+@pytest.mark.parametrize("layout", ["", "last", "slice"])
+@pytest.mark.parametrize("image", [None, torch.uint8])
+def test_prepared(image: torch.dtype | None, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of the first call of a kind launches the next ones, and those of no other."""
+    for dtype in (torch.float16, torch.float32):
+        x, *parameters = _arguments((2, 3, 17, 23), 12, dtype, layout, image)
+        call = stem_pool.prepare_stem_pool(*parameters)
+        call(x)
+        fresh = _image(tuple(x.shape), image or dtype, layout)
+        assert fresh.stride() == x.stride()
+        expected = stem_pool.launch_stem_pool(fresh, *parameters)
+        with monkeypatch.context() as patch:
+            patch.setattr(stem_pool, "launch_stem_pool", None)
+            y = call(fresh)
+            assert torch.equal(y, expected) and y.stride() == expected.stride()
+            _assert_budget(y, (fresh, *parameters))
+            with pytest.raises(TypeError, match="NoneType"):
+                call(fresh[:1])
+        assert torch.equal(call(fresh[:1]), stem_pool.launch_stem_pool(fresh[:1], *parameters))
+        assert call(fresh[:0]).shape == (0, *y.shape[1:])
+
+
+def test_prepared_without_vectors() -> None:
+    x, weight, *_ = _arguments((1, 3, 9, 9), 12, torch.float16)
+    call = stem_pool.prepare_stem_pool(weight, None, None, None, None, "none")
+    for _ in range(2):
+        y = call(x)
+    assert torch.equal(y, stem_pool.launch_stem_pool(x, weight, None, None, None, None, "none"))
