@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import add_act, bn_act, conv_bn_act, residual_chain, stem_pool
+from . import add_act, bn_act, conv_bn_act, conv_tiles, residual_chain, stem_pool
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -168,7 +168,7 @@ def variants() -> list[Variant]:
 
     for dtype, label in (*_NAMES.items(), (torch.float32, "tf32")):
         conv = conv_bn_act.launch_conv_bn_act
-        for config in conv_bn_act.configs(dtype):
+        for config in conv_tiles.configs(dtype):
             options = {"config": config, "allow_tf32": label == "tf32", "splits": 1}
             if config.packed:
                 c = {16: 1, 32: 3, 64: 8}[config.block_c]
@@ -183,7 +183,7 @@ def variants() -> list[Variant]:
         if label == "tf32":
             continue
         if dtype != torch.float32:
-            tile = conv_bn_act.HALF_CONFIGS[2]
+            tile = conv_tiles.HALF_CONFIGS[2]
             options = {"config": tile, "allow_tf32": False, "splits": 4}
             for site, size in (("gemm", (2048, 512, 1, 1, 7)), ("conv3x3", (512, 512, 3, 1, 7))):
                 args = _conv(dtype, *size)

@@ -17,7 +17,7 @@ if not AVAILABLE:
 
 import triton  # noqa: E402
 from resnet_fast.kernels import compile as offline  # noqa: E402
-from resnet_fast.kernels import conv_bn_act, launch, residual_chain, stem_pool  # noqa: E402
+from resnet_fast.kernels import conv_bn_act, conv_tiles, launch, residual_chain, stem_pool  # noqa: E402
 
 FIGURES = Path(__file__).parent / "data" / "triton_resources.json"
 
@@ -72,9 +72,9 @@ def _now() -> list[tuple[str, int]]:
     narrow = [n for n in narrow if not n.startswith("stem_pool/uint8/")]  # as with four channels
     chosen = [(n, 90) for n in narrow if n.endswith("/fp16")]
     chosen += [(n, 80) for n in narrow if "/conv3x3/" in n and n.endswith("/fp16")]
-    tile = conv_bn_act.HALF_CONFIGS[0].name
-    floats = conv_bn_act.FLOAT_CONFIGS[0].name
-    packed = conv_bn_act.PACKED_CONFIGS[1].name
+    tile = conv_tiles.HALF_CONFIGS[0].name
+    floats = conv_tiles.FLOAT_CONFIGS[0].name
+    packed = conv_tiles.PACKED_CONFIGS[1].name
     stem = stem_pool.HALF_CONFIGS[0].name
     filters = f"conv_bn_act/conv3x3/{tile}"
     chosen += [

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from resnet_fast.kernels import activation, add_act, bn_act, conv_bn_act, launch
+from resnet_fast.kernels import activation, add_act, bn_act, conv_bn_act, conv_tiles, launch
 
 import resnet_fast.ops.add_act_triton
 import resnet_fast.ops.bn_act_triton
@@ -116,7 +116,7 @@ def _conv_args(g: Geometry, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...
     return args
 
 
-def _fits(config: conv_bn_act.Config, g: Geometry) -> bool:
+def _fits(config: conv_tiles.Config, g: Geometry) -> bool:
     return not config.packed or g.weight[-1] * g.weight[1] <= config.block_c
 
 
@@ -125,13 +125,13 @@ def _fits(config: conv_bn_act.Config, g: Geometry) -> bool:
 CONV = [
     pytest.param(name, config, dtype, id=f"{name}-{config.name}-{str(dtype)[6:]}")
     for name, dtype in itertools.product(("1x1", "3x3-stride2", "stem-dilated", "1d"), DTYPES)
-    for config in conv_bn_act.configs(dtype)
+    for config in conv_tiles.configs(dtype)
     if _fits(config, GEOMETRIES[name]) and (config.packed or name != "stem-dilated")
 ]
 
 
 @pytest.mark.parametrize("name, config, dtype", CONV)
-def test_conv(name: str, config: conv_bn_act.Config, dtype: torch.dtype) -> None:
+def test_conv(name: str, config: conv_tiles.Config, dtype: torch.dtype) -> None:
     args = _conv_args(GEOMETRIES[name], dtype)
     _assert_budget("conv_bn_act", conv_bn_act.launch_conv_bn_act(*args, config=config), args)
 
@@ -207,7 +207,7 @@ def test_conv_in_parts(name: str) -> None:
     g = GEOMETRIES[name]
     for dtype, splits in ((torch.float16, 2), (torch.float32, 2), (torch.bfloat16, 8)):
         args = _conv_args(g, dtype, seed=2)
-        config = conv_bn_act.configs(dtype)[0]._replace(block_m=64, block_n=64, block_c=16)
+        config = conv_tiles.configs(dtype)[0]._replace(block_m=64, block_n=64, block_c=16)
         for wide in (False, True):
             y = conv_bn_act.launch_conv_bn_act(*args, config=config, splits=splits, wide=wide)
             _assert_budget("conv_bn_act", y, args)
@@ -216,7 +216,7 @@ def test_conv_in_parts(name: str) -> None:
 
 
 def test_parts_fill_the_multiprocessors_and_are_worth_their_sums() -> None:
-    choose = conv_bn_act.choose_splits
+    choose = conv_tiles.choose_splits
     # ResNet-50's last stage at one image, tiles of 64x64x64: 512 filters and 2048.
     assert choose(8, 8, 9) == 8 and choose(32, 8, 1) == 2 and choose(8, 32, 1) == 8
     assert choose(132, 32, 9) == choose(67, 32, 9) == 1
@@ -225,7 +225,7 @@ def test_parts_fill_the_multiprocessors_and_are_worth_their_sums() -> None:
     assert conv_bn_act.choose(torch.float16, 49, 512, 512, 1, 3, 9)[1] == 8
     with pytest.raises(ValueError, match="splits"):
         args = _conv_args(GEOMETRIES["stem"], torch.float16)
-        packed = conv_bn_act.PACKED_CONFIGS[1]
+        packed = conv_tiles.PACKED_CONFIGS[1]
         conv_bn_act.launch_conv_bn_act(*args, config=packed, splits=2)
 
 
@@ -274,10 +274,10 @@ def _sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 TAPS = {
-    "unrolled": (torch.float16, conv_bn_act.HALF_CONFIGS[2]),
-    "loop": (torch.float32, conv_bn_act.FLOAT_CONFIGS[0]),
-    "packed": (torch.float16, conv_bn_act.PACKED_CONFIGS[0]),
-    "packed-loop": (torch.float32, conv_bn_act.PACKED_FLOAT_CONFIGS[0]),
+    "unrolled": (torch.float16, conv_tiles.HALF_CONFIGS[2]),
+    "loop": (torch.float32, conv_tiles.FLOAT_CONFIGS[0]),
+    "packed": (torch.float16, conv_tiles.PACKED_CONFIGS[0]),
+    "packed-loop": (torch.float32, conv_tiles.PACKED_FLOAT_CONFIGS[0]),
 }
 
 
@@ -491,7 +491,7 @@ def test_conv_refuses(changes: dict[str, Any]) -> None:
 
 def test_packed_config_refuses_a_longer_row() -> None:
     with pytest.raises(ValueError, match="config"):
-        conv_bn_act.launch_conv_bn_act(*_bad_conv(), config=conv_bn_act.PACKED_CONFIGS[0])
+        conv_bn_act.launch_conv_bn_act(*_bad_conv(), config=conv_tiles.PACKED_CONFIGS[0])
 
 
 def test_elementwise_refuse() -> None:
