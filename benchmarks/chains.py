@@ -90,11 +90,12 @@ class Case:
             "chain": lambda: run_chain(self.inner, self.x, self.operands, self.site.strides, "relu")
         }
         if self.x.is_cuda:
-            from resnet_fast.kernels import residual_chain as room
+            from resnet_fast.kernels import chain_tiles, residual_chain
 
-            for config in (*room.configs(self.x.dtype), *map(room.Config.parse, configs)):
+            own = chain_tiles.configs(self.x.dtype)
+            for config in (*own, *map(chain_tiles.Config.parse, configs)):
                 launch = functools.partial(
-                    room.launch_residual_chain, *self.arguments, config=config
+                    residual_chain.launch_residual_chain, *self.arguments, config=config
                 )
                 found[f"chain {config.name}"] = launch
         sites = self.site.sites

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import add_act, bn_act, conv_bn_act, conv_tiles, residual_chain, stem_pool
+from . import add_act, bn_act, chain_tiles, conv_bn_act, conv_tiles, residual_chain, stem_pool
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -134,16 +134,16 @@ def _chains() -> list[Variant]:
     ):
         for form, sizes in _CHAINS.items():
             mid, following, conv2, conv3, down, _ = sizes
-            chosen: dict[residual_chain.Config, list[int]] = {}
+            chosen: dict[chain_tiles.Config, list[int]] = {}
             for arch in ARCHITECTURES:
-                config = residual_chain.choose_config(
+                config = chain_tiles.choose_config(
                     dtype, arch, mid, following, conv2 and conv3, down > 0
                 )
                 chosen.setdefault(config, []).append(arch)
             if form == "identity64" and label == "fp16":
-                chosen[residual_chain.UNROLLED] = [90]
+                chosen[chain_tiles.UNROLLED] = [90]
                 # What an unknown GPU gets, on the architecture that has its own.
-                chosen[residual_chain.SMALL] = list(ARCHITECTURES)
+                chosen[chain_tiles.SMALL] = list(ARCHITECTURES)
             for config, architectures in chosen.items():
                 options = {"config": config, "allow_tf32": True}
                 name = f"residual_chain/{form}/{config.name}/{label}"

@@ -25,10 +25,10 @@ def chains_on_the_cpu(monkeypatch: pytest.MonkeyPatch, verdicts: Any) -> Iterato
     calls: list[str] = []
     prepare = chain_module.prepare
 
-    def noted(x: Tensor, operands: list[Any], *rest: Any) -> Any:
-        weights = zip(("conv2", "conv3", "down", "next"), operands[::3], strict=True)
+    def noted(op: str, x: Tensor, *parameters: Any) -> Any:
+        weights = zip(("conv2", "conv3", "down", "next"), parameters[:12:3], strict=True)
         name = "+".join(name for name, weight in weights if weight is not None)
-        call = prepare(x, operands, *rest)
+        call = prepare(op, x, *parameters)
 
         def run(inner: Tensor, x: Tensor) -> Any:
             calls.append(name)

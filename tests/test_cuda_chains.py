@@ -64,11 +64,11 @@ def test_chain(chain: Chain, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_config_at_the_widths_it_is_for(dtype: torch.dtype) -> None:
-    from resnet_fast.kernels import residual_chain as room
+    from resnet_fast.kernels import chain_tiles
 
     chain = Chain("layer1", (3, 64, 13, 11), 64, 256, 64)
     arguments = make(chain, dtype, "cuda")
-    for config in room.configs(dtype):
+    for config in chain_tiles.configs(dtype):
         expect_chain(arguments, launch(arguments, config=config))
 
 

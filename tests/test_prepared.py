@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast.nn.prepared import batch_kind
 from resnet_fast.nn.site import FusedSite
+from resnet_fast.ops import _several, conv_bn_act_triton
 from resnet_fast.plan.candidate import CANDIDATES
 from resnet_fast.plan.site import Site
 from resnet_fast.plan.verify import random_inputs
@@ -105,3 +110,53 @@ def test_batches_that_one_choice_serves() -> None:
     meta = {n: batch_kind(torch.empty(n, 3, device="meta")) for n in (1, 2, 3, 4, 5, 8, 9)}
     assert meta[3] == meta[4] and meta[5] == meta[8]
     assert len({meta[n] for n in (1, 2, 4, 8, 9)}) == 5
+
+
+class _Seen(TorchDispatchMode):
+    """Writes down which ops are called, and answers with their first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return args[0]
+
+
+def test_a_launch_gives_way_to_the_op_where_it_would_not_be_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched: list[Any] = []
+
+    def prepared(*parameters: Any) -> Any:
+        return lambda *inputs: launched.append((inputs, parameters)) or inputs[0]
+
+    room = SimpleNamespace(prepare_stem_pool=prepared, prepare_conv_bn_act=prepared)
+    monkeypatch.setattr(_several, "room", lambda name: room)
+    monkeypatch.setattr(conv_bn_act_triton, "room", lambda name: room)
+    monkeypatch.setattr(_several, "has_kernel", lambda op, *arguments: True)
+    monkeypatch.setattr(_several, "launched", lambda launch, *inputs: launch(*inputs))
+    monkeypatch.setattr(conv_bn_act_triton, "launched", lambda launch, *inputs: launch(*inputs))
+    x, weight = torch.randn(1, 3, 9, 9), torch.randn(4, 3, 7, 7)
+    there = SimpleNamespace(device=torch.device("cuda"))
+    parameters = (weight, None, None, None, None, "relu")
+    stem = _several.prepare("stem_pool", there, *parameters)  # type: ignore[arg-type]
+    geometry = ([2, 2], [3, 3], [1, 1], 1, "relu")
+    conv = conv_bn_act_triton.prepare(x, weight, None, None, *geometry)
+    op = torch.ops.resnet_fast.stem_pool.default
+    with torch.no_grad():
+        assert stem(x) is x and conv(x, None) is x
+        assert [inputs for inputs, _ in launched] == [(x,), (x, None)]
+        with _Seen() as seen:
+            stem(x)
+            if hasattr(torch.ops.resnet_fast, "_conv_bn_act_triton"):
+                conv(x, None)
+        assert seen.names[0] == "resnet_fast::stem_pool"
+        assert seen.names[1:] in ([], ["resnet_fast::_conv_bn_act_triton"])
+        assert len(launched) == 2
+    expected = op(x, *parameters)
+    assert torch.equal(stem(x), expected) and len(launched) == 2, "gradients are recorded"
+    here = _several.prepare("stem_pool", x, *parameters)
+    with torch.no_grad():
+        assert torch.equal(here(x), expected) and len(launched) == 2, "a CPU has no launch"

@@ -27,7 +27,7 @@ from resnet_fast.nn.sequence import Structure, global_hooks
 from resnet_fast.nn.site import FusedSite
 from resnet_fast.nn.stem import Stems
 from resnet_fast.ops import _pack
-from resnet_fast.ops.residual_chain import prepare
+from resnet_fast.ops._several import prepare
 from resnet_fast.plan import binding as _binding
 from resnet_fast.plan.chain import (
     MAX_CONV2,
@@ -148,7 +148,7 @@ class Place:
         site = self.site(inner, x)
         operands = _pack.derived(lambda: self.args().operands())
 
-        prepared = prepare(inner, operands, site.strides, "relu")
+        prepared = prepare(NAME, inner, *operands, *site.strides, "relu")
         follows = self.following is not None
 
         def chain(inner: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -24,6 +24,26 @@ def has_kernel(op: str, *arguments: Any) -> bool:
     return runs is None or bool(runs(arguments[0]))
 
 
+def prepare(op: str, x: Tensor, *parameters: Any) -> Callable[..., Any]:
+    """``resnet_fast::op`` for inputs like ``x``: call it with what comes before ``parameters``.
+
+    What dispatcher and launcher cost the host is paid once a kind of input. Where there is no
+    Triton kernel, while gradients are recorded, and under a ``TorchDispatchMode``, which would not
+    see the launch, the op itself is called.
+    """
+    overload = getattr(torch.ops.resnet_fast, op).default
+    launch: Callable[..., Any] | None = None
+    if x.device.type == "cuda" and has_kernel(op, x):
+        launch = getattr(room(op), f"prepare_{op}")(*parameters)
+
+    def call(*inputs: Tensor) -> Any:
+        if launch is None or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+            return overload(*inputs, *parameters)
+        return launched(launch, *inputs)
+
+    return call
+
+
 # What may run an op on CUDA where Triton does not; it may return NotImplemented, for the layers.
 _without_triton: dict[str, Callable[..., Any]] = {}
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from resnet_fast.errors import ArgumentError
-from resnet_fast.ops import _checks, _several, _triton, _work, activation
+from resnet_fast.ops import _checks, _several, _work, activation
 from resnet_fast.ops.conv_bn_act import reference as _convolution
 
 
@@ -337,30 +336,6 @@ def _fake(
 def runs(x: Tensor) -> bool:
     """Whether a CUDA tensor like ``x`` has a kernel of the chain, and not its layers."""
     return _REGISTERED and _several.has_kernel("residual_chain", x)
-
-
-def prepare(
-    x: Tensor, operands: Sequence[Tensor | None], strides: tuple[int, int], act: str
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The op for inputs like ``x``: call it with ``x`` and ``residual``, without gradients.
-
-    ``operands`` are the twelve tensors from ``weight2`` to ``shift_n``. What dispatcher and
-    launcher cost the host is paid once a shape; where there is no kernel, while gradients are
-    recorded, or under a ``TorchDispatchMode``, which would not see the launch, the op is called.
-    """
-    op = torch.ops.resnet_fast.residual_chain.default
-    launch = None
-    if x.device.type == "cuda" and runs(x):
-        launch = _triton.room("residual_chain").prepare_residual_chain(*operands, *strides, act)
-
-    def call(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if launch is None or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
-            results: tuple[Tensor, Tensor] = op(x, residual, *operands, *strides, act)
-        else:
-            results = _triton.launched(launch, x, residual)
-        return results
-
-    return call
 
 
 _REGISTERED = _several.implement("residual_chain", _layers, _fake, "launch_residual_chain")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from resnet_fast.errors import ArgumentError, DTypeError
-from resnet_fast.ops import _checks, _several, _triton, _work, activation
+from resnet_fast.ops import _checks, _several, _work, activation
 
 MAX_CHANNELS = 4
 
@@ -195,37 +194,6 @@ def _fake(
 def runs(x: Tensor) -> bool:
     """Whether a CUDA tensor like ``x`` has a Triton kernel of the stem, and not its layers."""
     return _REGISTERED and _several.has_kernel("stem_pool", x)
-
-
-def prepare(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    input_scale: Tensor | None,
-    input_shift: Tensor | None,
-    act: str,
-) -> Callable[[Tensor], Tensor]:
-    """The op for images like ``x``, without gradients: call it with the image.
-
-    What dispatcher and launcher cost the host is paid once a shape; where there is no Triton
-    kernel, while gradients are recorded, or under a ``TorchDispatchMode``, which would not see the
-    launch, the op is called.
-    """
-    op = torch.ops.resnet_fast.stem_pool.default
-    parameters = (weight, scale, shift, input_scale, input_shift, act)
-    launch = None
-    if x.device.type == "cuda" and runs(x):
-        launch = _triton.room("stem_pool").prepare_stem_pool(*parameters)
-
-    def call(x: Tensor) -> Tensor:
-        if launch is None or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
-            y: Tensor = op(x, *parameters)
-        else:
-            y = _triton.launched(launch, x)
-        return y
-
-    return call
 
 
 _REGISTERED = _several.implement("stem_pool", _layers, _fake, "launch_stem_pool")

@@ -19,7 +19,7 @@ from resnet_fast.testing.budget import Verdict, in_formats, within_budget
 NAME = "residual_chain"
 
 # Which layers a chain takes in by default, from the bytes that each form moves in ResNet-50, fp16,
-# and what the kernel's tiles can hold (kernels/residual_chain.py).
+# and what the kernel's tiles can hold (kernels/chain_tiles.py).
 #
 # conv2 joins up to 128 channels. At 256 a program's 64 pixels read 1.2 MB of its weights from the
 # second-level cache to save 66 KB of memory; a kernel of its own has larger tiles.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fast import ops
-from resnet_fast.ops import _pack, stem_pool_cuda
+from resnet_fast.ops import _pack, _several, stem_pool_cuda
 from resnet_fast.plan.candidate import ConvArgs, run_aten
 from resnet_fast.plan.site import Site
 from resnet_fast.plan.verify import comparing, in_fp64, random_inputs
@@ -54,8 +54,7 @@ def prepare_stem(
     if kernel == NATIVE:
         op = torch.ops.resnet_fast._stem_pool_cuda.default
         return lambda x: op(x, *operands, None, None, act)
-    call: Callable[[Tensor], Tensor] = ops.module(NAME).prepare(x, *operands, None, None, act)
-    return call
+    return _several.prepare(NAME, x, *operands, None, None, act)
 
 
 def run_layers(x: Tensor, args: ConvArgs, act: str) -> Tensor:

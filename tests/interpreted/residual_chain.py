@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from resnet_fast.kernels import activation, launch
+from resnet_fast.kernels import activation, chain_tiles, launch
 from resnet_fast.kernels import residual_chain as room
 
 from resnet_fast import ops
@@ -47,33 +47,33 @@ def test_matches_fp64(chain: Chain, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chain", CHAINS[:5], ids=lambda c: c.name)
 def test_every_config(chain: Chain, dtype: torch.dtype) -> None:
-    for config in room.configs(dtype):
+    for config in chain_tiles.configs(dtype):
         _check(make(chain, dtype), config=config)
 
 
 @pytest.mark.parametrize("loop", [False, True])
 def test_several_slices_and_blocks(loop: bool) -> None:
     """More slices than one, and more than one step over the input's channels."""
-    config = room.Config(64, 16, 16, 4, 2, loop)
+    config = chain_tiles.Config(64, 16, 16, 4, 2, loop)
     for chain in CHAINS:
         _check(make(chain, torch.float16), config=config)
 
 
 def test_h2_read_again_for_each_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "MAX_HELD", dict.fromkeys(room.MAX_HELD, 32))
-    config = room.Config(64, 16, 16, 4, 2)
+    config = chain_tiles.Config(64, 16, 16, 4, 2)
     for chain in CHAINS:
         if not chain.conv2:
             _check(make(chain, torch.float16), config=config)
 
 
 def test_independent_slices_are_spread_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = room.Config(64, 16, 16, 4, 2)
-    assert room.slices_of(10**6, 16, config) == 16
-    assert room.slices_of(64 * 100, 16, config) == 8
-    assert room.slices_of(1, 16, config) == 1
+    config = chain_tiles.Config(64, 16, 16, 4, 2)
+    assert chain_tiles.slices_of(10**6, 16, config) == 16
+    assert chain_tiles.slices_of(64 * 100, 16, config) == 8
+    assert chain_tiles.slices_of(1, 16, config) == 1
     for programs in (1, 8, 1000):
-        monkeypatch.setattr(room, "_PROGRAMS", programs)
+        monkeypatch.setattr(chain_tiles, "_PROGRAMS", programs)
         for chain in CHAINS:
             if not chain.following:
                 _check(make(chain, torch.float16), config=config)
