@@ -143,7 +143,7 @@ def test_a_launch_gives_way_to_the_op_where_it_would_not_be_seen(
     parameters = (weight, None, None, None, None, "relu")
     stem = _several.prepare("stem_pool", there, *parameters)  # type: ignore[arg-type]
     geometry = ([2, 2], [3, 3], [1, 1], 1, "relu")
-    conv = conv_bn_act_triton.prepare(x, weight, None, None, *geometry)
+    conv = conv_bn_act_triton.prepare(weight, None, None, *geometry)
     op = torch.ops.resnet_fast.stem_pool.default
     with torch.no_grad():
         assert stem(x) is x and conv(x, None) is x

@@ -41,7 +41,6 @@ def variant(
 
 
 def prepare(
-    x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
@@ -51,11 +50,10 @@ def prepare(
     groups: int,
     act: str,
 ) -> Call:
-    """The op for inputs like ``x``: call it with input and residual, without gradients.
+    """The op with its parameters bound: call it with input and residual, without gradients.
 
-    What the dispatcher and the launcher's checks cost the host, twice a small kernel's time on the
-    device, is paid once a shape. Under a ``TorchDispatchMode``, which would not see the launch, the
-    op itself is called.
+    What dispatcher and launcher cost the host is paid once a kind of input. Under a
+    ``TorchDispatchMode``, which would not see the launch, the op itself is called.
     """
     geometry = (stride, padding, dilation, groups, act)
     launch = room("conv_bn_act").prepare_conv_bn_act(weight.detach(), scale, shift, *geometry)

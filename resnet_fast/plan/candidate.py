@@ -206,7 +206,7 @@ def _through(op: str, traced: bool) -> Run:
 def _prepare_triton(x: Tensor, args: ConvArgs, act: str) -> _pack.Call:
     weight = _pack.weight_like(x, args.weight)
     scale, shift = _affine(x, args)
-    return conv_bn_act_triton.prepare(x, weight, scale, shift, *args[7:], act)
+    return conv_bn_act_triton.prepare(weight, scale, shift, *args[7:], act)
 
 
 def _triton_variant(site: Site) -> str:
