@@ -90,10 +90,12 @@ py::list kernel_variants() {
   const std::vector<const char*> pointwise = {"baseline", "avx2"};
   const std::vector<const char*> tiled = {"baseline", "avx2", "avx512"};
   const std::vector<const char*> paired = {"baseline", "avx2", "avx512", "avx512bf16"};
+  const std::vector<const char*> dotted = {"baseline", "avx2", "avx512", "avx512vnni"};
   const std::vector<Row> cpu = {
       {"conv_bn_act", "panel_gemm", tiled},   {"conv_bn_act", "depthwise", tiled},
       {"conv_bn_act", "direct", paired},      {"conv_bn_act", "winograd2", tiled},
       {"conv_bn_act", "winograd4", tiled},    {"conv_bn_act", "grouped", tiled},
+      {"conv_bn_act", "int8", dotted},
       {"bn_act", "affine", pointwise},        {"add_act", "affine", pointwise},
       {"bn_act_train", "two_pass", pointwise}};
   py::list rows;

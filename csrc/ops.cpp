@@ -18,6 +18,12 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "_winograd_conv(Tensor x, Tensor packed, Tensor weight, int m, Tensor? scale, Tensor? shift, "
       "Tensor? residual, int[] padding, str act) -> Tensor");
+  m.def("_int8_weight(Tensor weight, int groups) -> Tensor");
+  m.def(
+      "_int8_conv(Tensor x, Tensor packed, Tensor weight, Tensor scale, Tensor shift, Tensor? "
+      "residual, int[] stride, int[] padding, int[] dilation, int groups, str act, int zero, float "
+      "residual_scale, float inverse, int out_zero) -> Tensor");
+  m.def("_int8_quantize(Tensor x, float inverse, int zero) -> Tensor");
   m.def("_make_sequence(Tensor[] constants, int[] steps, Tensor[] watched) -> int");
   m.def("_run_sequence(Tensor x, int sequence) -> Tensor");
   m.def("_sequence_bytes(Tensor x, int sequence) -> int");

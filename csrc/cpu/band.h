@@ -30,19 +30,19 @@ inline int64_t band_tasks(const Geometry& g) {
   return g.batch * ((g.out[1] + kBandRows - 1) / kBandRows);
 }
 
-// Line `h` of an image, from `padding` columns before it on, as `length` values; zeros outside.
+// Line `h` of an image, from `padding` columns before it on, as `length` values.
 // From a planar image it is put together channel by channel: the one pass that the copy is anyway.
 // A pixel takes `wide` values there, the ones beyond its channels zero.
 template <typename T>
 RF_INLINE inline void padded_line(const Geometry& g, const T* image, bool planar, int64_t h,
-                                  int64_t wide, int64_t length, T* to) {
-  if (h < 0 || h >= g.in[1]) return std::fill_n(to, length, T{}), void();
+                                  int64_t wide, int64_t length, T outside, T* to) {
+  if (h < 0 || h >= g.in[1]) return std::fill_n(to, length, outside), void();
   const int64_t channels = g.channels, width = g.in[2];
   const int64_t before = std::min(length, g.padding[2] * wide);
   // `length` ends with a whole window: with a whole pixel.
   const int64_t pixels = std::min((length - before) / wide, width), inside = pixels * wide;
-  std::fill_n(to, before, T{});
-  std::fill_n(to + before + inside, length - before - inside, T{});
+  std::fill_n(to, before, outside);
+  std::fill_n(to + before + inside, length - before - inside, outside);
   to += before;
   if (!planar && wide == channels) {
     std::memcpy(to, image + h * width * channels, size_t(inside) * sizeof(T));
@@ -69,13 +69,14 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
   const int64_t wide = band_channels<K>(g.channels), depth = g.taps() * wide;
   const bool packed_apart = band_depth<K>(g.channels, g.taps()) > 0;
   const int64_t size = group_packed_size<K>(g.filters, g.channels, g.taps());
-  const T* packed = static_cast<const T*>(o.packed) + (packed_apart ? size : 0);
+  const auto* packed =
+      static_cast<const typename K::Packed*>(o.packed) + (packed_apart ? size : 0);
   const int64_t step = g.stride[2] * wide, run = g.kernel[2] * wide;
   const int64_t length = (g.out[2] - 1) * step + run;
   const int64_t lines = (kBandRows - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
   T* band = band_memory.get<T>(lines * length);
-  alignas(64) float sums[kRows * NR];
-  const Clamp clamp = clamp_of(o.act);
+  alignas(64) typename SumOf<T>::type sums[kRows * NR];
+  const Clamp clamp = o.clamp();
   const int64_t pieces = (g.out[2] + kRows - 1) / kRows;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / bands, h0 = task % bands * kBandRows;
@@ -84,12 +85,12 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
     const int64_t used = (h1 - h0 - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
     for (int64_t line = 0; line < used; ++line) {
       const int64_t h = h0 * g.stride[1] - g.padding[1] + line;
-      padded_line(g, image, o.planar, h, wide, length, band + line * length);
+      padded_line(g, image, o.planar, h, wide, length, o.outside(), band + line * length);
     }
     for (int64_t k0 = 0; k0 < g.filters; k0 += NR) {
       const int64_t columns = std::min(NR, g.filters - k0);
       const bool half = columns <= NR / 2;
-      const bool whole = columns == (half ? NR / 2 : NR) && clamp.is_clamp;
+      const bool whole = K::kFinishes && columns == (half ? NR / 2 : NR) && clamp.is_clamp;
       TileOut<T> out{};
       out.sums = sums;
       out.sums_stride = NR;
@@ -100,6 +101,7 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
       out.y_stride = g.filters;
       out.low = clamp.low;
       out.high = clamp.high;
+      out.residual_scale = o.grid.residual;
       for (int64_t h = h0; h < h1; ++h) {
         for (int64_t piece = 0; piece < pieces; ++piece) {
           const int64_t w = cut_at(g.out[2], pieces, piece);

@@ -12,6 +12,8 @@ namespace {
 template <Isa I>
 struct DirectFp32 {
   using T = float;
+  using Packed = float;
+  static constexpr bool kFinishes = true;
   static constexpr int64_t kBlock = 2 * Tile<I>::kBytes / 4, kPair = 1;
   static constexpr int kRows = Tile<I>::kRows;
   // A panel is one chain (tile.h): of the limit at ResNet's sites that takes 0.46 at most, where

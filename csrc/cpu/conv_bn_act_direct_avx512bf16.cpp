@@ -107,6 +107,8 @@ constexpr auto kMultiplyRowsBf16 = []<int... R>(std::integer_sequence<int, R...>
 
 struct DirectBf16 {
   using T = bf16;
+  using Packed = bf16;
+  static constexpr bool kFinishes = true;
   static constexpr int64_t kBlock = kPacked * kLanes, kPair = 2;
   static constexpr int kRows = kMaxRows;
   // A result is rounded to 8 bits: one chain's error is far below.

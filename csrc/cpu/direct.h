@@ -13,9 +13,12 @@
 // partial sums wait in the second-level cache. Where a pixel's window is one run of memory (1x1 at
 // stride 1) x itself is the panel.
 //
-// A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kChain and
+// A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kChain,
+// kFinishes (whether a tile can leave the registers finished), Packed (what a weight is kept as) and
 // multiply(count, rows, packed, depth, out, half of the block).
 #pragma once
+
+#include <bit>
 
 #include "gather.h"
 #include "tile.h"
@@ -32,6 +35,12 @@ constexpr int64_t kChunk = 98;       // pixels: 7 register tiles of 14
 constexpr int64_t kStrip = 256;      // filters: the chunk's sums and panel fit 256 KiB
 constexpr int64_t kShortChain = 16;  // products (tile.h), where an output is one pixel an image
 
+// How 8-bit operands stand for real numbers (int8.h).
+struct Requantize {
+  uint8_t zero;                  // what x holds for 0
+  float residual, inverse, out;  // factors of the residual and of the activation's value; y's zero
+};
+
 template <typename T>
 struct DirectOperands {
   const T* x;
@@ -42,6 +51,25 @@ struct DirectOperands {
   T* y;
   Act act;
   bool planar = false;  // x is contiguous NCHW; only where reads_bands(g) (band.h)
+  Requantize grid = {0, 1, 1, 0};  // 8-bit operands' alone
+
+  // What a window reads outside the image.
+  T outside() const {
+    if constexpr (std::is_same_v<T, uint8_t>) {
+      return grid.zero;
+    } else {
+      return T{};
+    }
+  }
+
+  Clamp clamp() const {
+    Clamp c = clamp_of(act);
+    if constexpr (std::is_same_v<T, uint8_t>) {  // on y's grid, and to what 8 bits hold
+      c.low = std::clamp(c.low * grid.inverse + grid.out, 0.0f, 255.0f);
+      c.high = std::clamp(c.high * grid.inverse + grid.out, 0.0f, 255.0f);
+    }
+    return c;
+  }
 };
 
 // The depth of packed weights: zeros fill the last step.
@@ -94,16 +122,45 @@ struct DirectCut {
   }
 };
 
+// y = what act(sum * scale + shift + residual) is on y's grid, for one pixel's filters: the nearest
+// of 0 to 255, ties to even. Where the activation is a clamp, scale and shift are on that grid too.
+template <typename ActT>
+RF_INLINE inline void requantize_row(ActT, int64_t length, const int32_t* __restrict sums,
+                                     const float* __restrict scale, const float* __restrict shift,
+                                     const uint8_t* __restrict residual, const Requantize& grid,
+                                     const Clamp& clamp, uint8_t* __restrict y) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const auto value = [&](int64_t k, float added) RF_INLINE {
+    float v = float(sums[k]) * scale[k] + shift[k] + added;
+    if (!clamp.is_clamp) v = activate<ActT::value>(v) * grid.inverse + grid.out;
+    const float low = clamp.is_clamp ? clamp.low : 0.0f, high = clamp.is_clamp ? clamp.high : 255.f;
+    v = v < low ? low : v;
+    v = v > high ? high : v;
+    return static_cast<uint8_t>(std::bit_cast<uint32_t>(v + kRound));
+  };
+  if (residual != nullptr) {
+    for (int64_t k = 0; k < length; ++k) y[k] = value(k, float(residual[k]) * grid.residual);
+  } else {
+    for (int64_t k = 0; k < length; ++k) y[k] = value(k, 0.0f);
+  }
+}
+
 // The epilogue outside the registers: of `rows` sums of `columns` filters from filter k0, for y
 // from element `at`.
 template <typename T>
 RF_INLINE inline void finish_rows(const DirectOperands<T>& o, int64_t filters, int64_t rows,
-                                  int64_t columns, const float* sums, int64_t sums_stride,
-                                  int64_t k0, int64_t at) {
+                                  int64_t columns, const typename SumOf<T>::type* sums,
+                                  int64_t sums_stride, int64_t k0, int64_t at) {
   with_act(o.act, [&](auto tag) RF_INLINE {
     for (int64_t i = 0; i < rows; ++i, at += filters) {
-      finish_row(tag, columns, sums + i * sums_stride, o.scale + k0, o.shift + k0,
-                 o.residual == nullptr ? nullptr : o.residual + at, o.y + at);
+      const T* const residual = o.residual == nullptr ? nullptr : o.residual + at;
+      if constexpr (std::is_same_v<T, uint8_t>) {
+        requantize_row(tag, columns, sums + i * sums_stride, o.scale + k0, o.shift + k0, residual,
+                       o.grid, o.clamp(), o.y + at);
+      } else {
+        finish_row(tag, columns, sums + i * sums_stride, o.scale + k0, o.shift + k0, residual,
+                   o.y + at);
+      }
     }
   });
 }
@@ -116,7 +173,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   constexpr int kRows = K::kRows;
   thread_local Scratch panel_memory, sums_memory;
   const int64_t depth = g.depth(), padded = padded_depth<K>(depth), pixels = g.pixels();
-  const Clamp clamp = clamp_of(o.act);
+  const Clamp clamp = o.clamp();
   // A classifier's sums are the network's result, and so few that short chains cost nothing.
   const int64_t chain = pixels == g.batch ? std::min<int64_t>(K::kChain, kShortChain) : K::kChain;
   // Rows a multiple of 2 KiB apart would share two cache sets.
@@ -125,12 +182,12 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * kPanelStride);
   const int64_t row_stride = in_place ? g.channels : kPanelStride;
   const int64_t width = g.group_channels(), filters = g.group_filters();
-  const T* const all_packed = static_cast<const T*>(o.packed);
+  const auto* const all_packed = static_cast<const typename K::Packed*>(o.packed);
   const int64_t group_size = group_packed_size<K>(filters, width, g.taps());
   const int64_t group_tasks = cut.chunks * cut.strips;
   const int64_t most_blocks = (cut.blocks + cut.strips - 1) / cut.strips;
   const int64_t sums_stride = most_blocks * NR;
-  float* sums = sums_memory.get<float>(kChunk * sums_stride);
+  auto* const sums = sums_memory.get<typename SumOf<T>::type>(kChunk * sums_stride);
   Window windows[kChunk], ahead[kChunk];
   // The windows of a few channels overlap so much that the hardware foresees them.
   const bool worth_prefetching = g.channels >= 32;
@@ -160,7 +217,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
         const Runs runs(g, group * width, width, d0, d1);
         for (int64_t i = 0; i < count; ++i) {
           T* row = gathered + i * kPanelStride;
-          gather_row(g, o.x, windows[i], runs, row);
+          gather_row(g, o.x, windows[i], runs, row, o.outside());
           std::fill(row + (d1 - d0), row + columns, T{});
         }
       }
@@ -177,6 +234,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       out.y_stride = g.filters;
       out.low = clamp.low;
       out.high = clamp.high;
+      out.residual_scale = o.grid.residual;
       // All filters of a few pixels, then the next pixels: y is written line by line.
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t row = cut_at(count, pieces, piece);
@@ -188,9 +246,10 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
           const int64_t k0 = group * filters + block * NR;
           const int64_t columns_left = std::min(NR, filters - block * NR);
           const bool half = columns_left <= NR / 2;  // the second vector would be of zeros
-          const bool whole = columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
+          const bool whole =
+              K::kFinishes && columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
           const int64_t at = (pixel + row) * g.filters + k0;
-          const T* packed =
+          const typename K::Packed* packed =
               all_packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
           out.last = d1 == depth && whole;
           out.scale = o.scale + k0;
@@ -213,8 +272,8 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
 // [panel][K/NR][row / kPair][NR][kPair], so that the blocks of a panel follow each other in memory.
 // Zeros beyond the last filter and the last row, and for channels from `channels` to `wide`.
 template <typename K>
-void pack_rows(const typename K::T* from, int64_t filters, int64_t channels, int64_t wide,
-               int64_t taps, typename K::T* to) {
+void pack_rows(const typename K::Packed* from, int64_t filters, int64_t channels, int64_t wide,
+               int64_t taps, typename K::Packed* to) {
   using T = typename K::T;
   constexpr int64_t NR = K::kBlock, kPair = K::kPair, kDepth = Panel<T>::kDepth;
   const int64_t depth = taps * wide, padded = padded_depth<K>(depth);
@@ -224,11 +283,11 @@ void pack_rows(const typename K::T* from, int64_t filters, int64_t channels, int
       for (int64_t row = 0; row < padded; ++row) {
         const int64_t d0 = row / kDepth * kDepth, tap = row / wide, c = row % wide;
         const int64_t rows = std::min(kDepth, padded - d0);
-        T* line = to + (d0 * blocks + block * rows + (row - d0) / kPair * kPair) * NR;
+        auto* line = to + (d0 * blocks + block * rows + (row - d0) / kPair * kPair) * NR;
         for (int64_t j = 0; j < NR; ++j) {
           const int64_t k = block * NR + j;
           const bool inside = k < filters && row < depth && c < channels;
-          line[j * kPair + row % kPair] = inside ? from[(k * channels + c) * taps + tap] : T{};
+          line[j * kPair + row % kPair] = inside ? from[(k * channels + c) * taps + tap] : typename K::Packed{};
         }
       }
     }
@@ -236,8 +295,8 @@ void pack_rows(const typename K::T* from, int64_t filters, int64_t channels, int
 }
 
 template <typename K>
-void pack_direct(const typename K::T* from, int64_t filters, int64_t channels, int64_t taps,
-                 int64_t groups, typename K::T* to) {
+void pack_direct(const typename K::Packed* from, int64_t filters, int64_t channels, int64_t taps,
+                 int64_t groups, typename K::Packed* to) {
   const int64_t each = filters / groups, size = group_packed_size<K>(each, channels, taps);
   for (int64_t group = 0; group < groups; ++group) {
     pack_rows<K>(from + group * each * channels * taps, each, channels, channels, taps,

@@ -115,12 +115,12 @@ RF_INLINE inline void walk_row(const Geometry& g, const Window& win, const Runs&
 
 template <typename T, typename A>
 RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& win, const Runs& runs,
-                                 A* row) {
+                                 A* row, A outside = A{}) {
   walk_row(
       g, win, runs,
       [&](int64_t column, int64_t element, int64_t length)
           RF_INLINE { widen_copy(x + element, row + column, length); },
-      [&](int64_t column, int64_t length) RF_INLINE { std::fill_n(row + column, length, A(0)); });
+      [&](int64_t column, int64_t length) RF_INLINE { std::fill_n(row + column, length, outside); });
 }
 
 // Brings what gather_row will read into the second-level cache.
@@ -138,16 +138,14 @@ RF_INLINE inline void prefetch_row(const Geometry& g, const T* x, const Window& 
       [](int64_t, int64_t) RF_INLINE {});
 }
 
-inline Geometry checked_geometry(const Tensor& x, const Tensor& weight, IntList stride,
-                                 IntList padding, IntList dilation, int64_t groups) {
+// The geometry alone: dtypes are the caller's to check.
+inline Geometry geometry_of(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
+                            IntList dilation, int64_t groups) {
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
-  check_input("x", x);
-  check_input("weight", weight);
   const int64_t rank = x.dim(), spatial = rank - 2;
   STD_TORCH_CHECK(rank >= 3 && rank <= 5, "x: expected 3 to 5 dimensions");
   STD_TORCH_CHECK(weight.dim() == rank, "weight: expected as many dimensions as x");
   STD_TORCH_CHECK(same_device(weight, x), "weight: expected the device of x");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight: expected the dtype of x");
   Geometry g{};
   g.batch = x.size(0);
   g.channels = x.size(1);
@@ -183,6 +181,14 @@ inline Geometry checked_geometry(const Tensor& x, const Tensor& weight, IntList 
     STD_TORCH_CHECK(g.out[axis] > 0, "weight: the kernel is larger than the padded input");
   }
   return g;
+}
+
+inline Geometry checked_geometry(const Tensor& x, const Tensor& weight, IntList stride,
+                                 IntList padding, IntList dilation, int64_t groups) {
+  check_input("x", x);
+  check_input("weight", weight);
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight: expected the dtype of x");
+  return geometry_of(x, weight, stride, padding, dilation, groups);
 }
 
 // x as dense [N][spatial][C] memory. 1-D tensors pass as height 1.

@@ -1,5 +1,5 @@
-// Vectors of fp32 from and to memory that holds fp32 or bf16, for any vector width and instruction
-// set.
+// Vectors of fp32 from and to memory that holds fp32, bf16 or bytes, for any vector width and
+// instruction set.
 #pragma once
 
 #include <cstring>
@@ -17,16 +17,19 @@ template <>
 struct Integers<16> {
   typedef uint32_t Word __attribute__((vector_size(16)));
   typedef uint16_t Half __attribute__((vector_size(8)));
+  typedef uint8_t Byte __attribute__((vector_size(4)));
 };
 template <>
 struct Integers<32> {
   typedef uint32_t Word __attribute__((vector_size(32)));
   typedef uint16_t Half __attribute__((vector_size(16)));
+  typedef uint8_t Byte __attribute__((vector_size(8)));
 };
 template <>
 struct Integers<64> {
   typedef uint32_t Word __attribute__((vector_size(64)));
   typedef uint16_t Half __attribute__((vector_size(32)));
+  typedef uint8_t Byte __attribute__((vector_size(16)));
 };
 
 template <typename Vec>
@@ -58,6 +61,22 @@ RF_INLINE inline void store_lanes(const Vec& from, bf16* to) {
   const Word word = from == from ? rounded : Word{} + 0x7FC0u;
   const Half half = __builtin_convertvector(word, Half);
   std::memcpy(to, &half, sizeof(half));
+}
+
+template <typename Vec>
+RF_INLINE inline void load_lanes(const uint8_t* from, Vec* to) {
+  typename Integers<sizeof(Vec)>::Byte bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  *to = __builtin_convertvector(bytes, Vec);
+}
+
+// Of values that are bytes already.
+template <typename Vec>
+RF_INLINE inline void store_lanes(const Vec& from, uint8_t* to) {
+  using Word = typename Integers<sizeof(Vec)>::Word;
+  using Byte = typename Integers<sizeof(Vec)>::Byte;
+  const Byte bytes = __builtin_convertvector(__builtin_convertvector(from, Word), Byte);
+  std::memcpy(to, &bytes, sizeof(bytes));
 }
 
 // The first `count` lanes, fewer than a vector has; zeros for the others.

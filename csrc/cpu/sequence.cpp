@@ -14,6 +14,7 @@
 
 #include "../math/fingerprint.h"
 #include "band.h"
+#include "int8.h"
 #include "pool.h"
 #include "team.h"
 #include "window_pool.h"
@@ -52,6 +53,7 @@ struct Step {
   const void *packed = nullptr, *weight = nullptr;
   const float *scale = nullptr, *shift = nullptr;
   int64_t weight_step[4] = {};
+  Requantize grid = {0, 1, 1, 0};
 };
 
 // What a value is, and where in the arena; the input and the result are tensors of their own.
@@ -63,16 +65,19 @@ struct Value {
   int64_t count(int64_t batch) const { return batch * channels * height * width; }
 };
 
-// Of activations of type T: float or bf16.
+// Of activations of type T: float, bf16, or bytes on the grids that their steps name (int8.h).
 template <typename T>
 class Sequence {
  public:
   static constexpr bool kIsFloat = std::is_same_v<T, float>;
-  static constexpr ScalarType kType = kIsFloat ? ScalarType::Float : ScalarType::BFloat16;
+  static constexpr bool kIsBytes = std::is_same_v<T, uint8_t>;
+  static constexpr ScalarType kType = kIsFloat   ? ScalarType::Float
+                                      : kIsBytes ? ScalarType::Byte
+                                                 : ScalarType::BFloat16;
 
   Sequence(const Tensor& x, const std::vector<Tensor>& constants, IntList records) : x_(x) {
     STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == kType,
-                    "x: expected a CPU tensor of float32 or bfloat16");
+                    "x: expected a CPU tensor of float32, bfloat16 or uint8");
     STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0, "x: expected shape [N, C, H, W]");
     const auto fields = static_cast<int64_t>(records.size());
     STD_TORCH_CHECK(fields > 0 && fields % kFields == 0, "steps: expected ", kFields,
@@ -116,6 +121,15 @@ class Sequence {
 
  private:
   static void run_step(const Step& s, const T* in, bool planar, const T* residual, T* out) {
+    if constexpr (kIsBytes) {
+      if (s.kind == Kind::max_pool) return max_pool(s.g, in, out);
+      return run_int8(s.g, {in, s.packed, s.scale, s.shift, residual, out, s.act, planar, s.grid});
+    } else {
+      run_float_step(s, in, planar, residual, out);
+    }
+  }
+
+  static void run_float_step(const Step& s, const T* in, bool planar, const T* residual, T* out) {
     switch (s.kind) {
       case Kind::direct:
         return run_direct<T>(s.g, {in, s.packed, s.scale, s.shift, residual, out, s.act, planar});
@@ -150,6 +164,8 @@ class Sequence {
                     "steps: a step reads what the steps before it wrote");
     const bool pads = r.kind == Kind::pad_channels;
     const bool convolves = r.kind != Kind::max_pool && r.kind != Kind::mean && !pads;
+    STD_TORCH_CHECK(!kIsBytes || r.kind == Kind::direct || r.kind == Kind::max_pool,
+                    "steps: bytes are convolved directly, or pooled");
     STD_TORCH_CHECK(r.act >= 0 && r.act < kActCount, "steps: unknown activation");
     STD_TORCH_CHECK(convolves || (r.residual < 0 && r.act == 0),
                     "steps: only a convolution has a residual or an activation");
@@ -190,7 +206,13 @@ class Sequence {
       STD_TORCH_CHECK(2 * r.padding[0] <= r.kernel[0] && 2 * r.padding[1] <= r.kernel[1],
                       "steps: a padding of more than half the window");
     }
-    if (convolves) bind(s, r, constants);
+    if (convolves) {
+      if constexpr (kIsBytes) {
+        bind_int8(s, r, constants);
+      } else {
+        bind(s, r, constants);
+      }
+    }
     from.last = i;
     ++from.reads;
     values_[r.out] = {g.filters, g.out[1], g.out[2], i, i};
@@ -204,6 +226,31 @@ class Sequence {
       ++added.reads;
     }
     steps_.push_back(s);
+  }
+
+  // Packed weight, weight, scale, shift, and zero, residual's factor, inverse and zero of the output.
+  void bind_int8(Step& s, const Record& r, const std::vector<Tensor>& constants) {
+    const Geometry& g = s.g;
+    STD_TORCH_CHECK(r.filters > 0 && r.constants >= 0 &&
+                        r.constants + 5 <= static_cast<int64_t>(constants.size()),
+                    "steps: constants out of range");
+    const Tensor* const c = constants.data() + r.constants;
+    const int64_t sizes[5] = {int8_packed_size(g.filters, g.group_channels(), g.taps(), g.groups),
+                              c[1].numel(), g.filters, g.filters, 4};
+    for (int i = 0; i < 5; ++i) {
+      const ScalarType type = i < 2 ? ScalarType::Char : ScalarType::Float;
+      STD_TORCH_CHECK(c[i].is_cpu() && c[i].scalar_type() == type && c[i].is_contiguous() &&
+                          c[i].numel() == sizes[i],
+                      "constants: expected what an 8-bit convolution of this size takes");
+    }
+    STD_TORCH_CHECK(g.depth() <= kInt8Depth, "steps: too deep for sums of 32 bits");
+    s.packed = c[0].const_data_ptr();
+    s.scale = data_of<float>(c[2]);
+    s.shift = data_of<float>(c[3]);
+    const float* const grid = data_of<float>(c[4]);
+    const bool valid = grid[0] >= 0 && grid[0] <= 255 && grid[2] > 0;
+    STD_TORCH_CHECK(valid, "constants: expected a zero of 0 to 255 and a positive factor");
+    s.grid = {static_cast<uint8_t>(grid[0]), grid[1], grid[2], grid[3]};
   }
 
   void bind(Step& s, const Record& r, const std::vector<Tensor>& constants) {
@@ -255,7 +302,7 @@ class Sequence {
   bool may_overwrite(const Step& s, int64_t i) const {
     return s.kind == Kind::direct && s.residual > 0 && s.residual != s.in &&
            values_[s.residual].last == i && s.g.groups == 1 && s.g.filters % 32 == 0 &&
-           clamp_of(s.act).is_clamp;
+           clamp_of(s.act).is_clamp && (!kIsBytes || has_int8_vnni());
   }
 
   // A place for every value but the input and the result: the lowest gap among what lives.
@@ -265,7 +312,8 @@ class Sequence {
     for (int64_t i = 0; i + 1 < static_cast<int64_t>(steps_.size()); ++i) {
       const Step& s = steps_[i];
       Value& out = values_[s.out];
-      out.size = (out.count(batch) + 15) / 16 * 16;
+      constexpr int64_t kLine = 64 / sizeof(T);  // values in a line of the cache
+      out.size = (out.count(batch) + kLine - 1) / kLine * kLine;
       std::erase_if(live, [&](const Value* v) { return v->last < i; });
       if (may_overwrite(s, i)) {
         const Value& under = values_[s.residual];
@@ -389,6 +437,9 @@ auto with_sequence(const Tensor& x, int64_t number, const F& f) {
   const IntList steps = list_of(recording->steps);
   if (x.scalar_type() == ScalarType::BFloat16) {
     return f(*recording, Sequence<bf16>(x, recording->constants, steps), TypeTag<bf16>{});
+  }
+  if (x.scalar_type() == ScalarType::Byte) {
+    return f(*recording, Sequence<uint8_t>(x, recording->constants, steps), TypeTag<uint8_t>{});
   }
   return f(*recording, Sequence<float>(x, recording->constants, steps), TypeTag<float>{});
 }

@@ -91,10 +91,20 @@ RF_INLINE inline void finish_row(ActT, int64_t length, const float* __restrict s
 // second-level cache takes. Blocks that follow each other lie behind each other in memory.
 constexpr int kAhead = 4096;
 
+// What a kernel over T sums in.
+template <typename T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<uint8_t> {
+  using type = int32_t;
+};
+
 // What becomes of a register tile: kept as partial sums, or finished.
 template <typename T>
 struct TileOut {
-  float* sums;  // [MR][sums_stride]; read where `accumulate`, overwritten
+  typename SumOf<T>::type* sums;  // [MR][sums_stride]; read where `accumulate`, overwritten
   int64_t sums_stride;
   int64_t chain;  // products added one after the other, before they are added to the sums
   bool accumulate, last;
@@ -105,6 +115,7 @@ struct TileOut {
   T* y;
   int64_t y_stride;  // of residual, too
   float low, high;
+  float residual_scale;  // of 8-bit residuals alone (int8.h)
 };
 
 // Where the rows of a product are: row i starts at `at` + i * `stride`. A row is made of runs of

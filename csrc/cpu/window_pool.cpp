@@ -125,6 +125,7 @@ void pad_channels(const Geometry& g, const T* x, T* y) {
 
 template void max_pool(const Geometry& g, const float* x, float* y);
 template void max_pool(const Geometry& g, const bf16* x, bf16* y);
+template void max_pool(const Geometry& g, const uint8_t* x, uint8_t* y);
 template void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, float* y);
 template void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const bf16* x, bf16* y);
 template void pad_channels(const Geometry& g, const float* x, float* y);

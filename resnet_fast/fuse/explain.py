@@ -10,10 +10,11 @@ from torch import nn
 
 from resnet_fast.errors import ArgumentError
 from resnet_fast.fuse.capture import STATE, conv_paths, is_site
+from resnet_fast.fuse.int8 import Int8
 from resnet_fast.fuse.match import REASONS
 from resnet_fast.fuse.prefix import Prefix
 from resnet_fast.fuse.program import Program, site_refusal
-from resnet_fast.fuse.steps import SiteTarget
+from resnet_fast.fuse.steps import SiteTarget, Step
 from resnet_fast.nn.blocks import BasicBlock, Bottleneck
 from resnet_fast.nn.sequence import Sequenced, Sequences
 from resnet_fast.plan import REASONS as PLAN_REASONS
@@ -128,6 +129,13 @@ def explain(model: nn.Module) -> Explanation:
     if state is None or state.origin is None:
         return _plain(model)
     refusals = _refusals(model, state.units)
+    bytes_of = {
+        step.target.path: (program.int8, step)
+        for program in _programs(model)
+        if program.int8 is not None and not model.training
+        for step in program.steps
+        if step.kind == "site"
+    }
     rows: list[dict[str, Any]] = []
     for path, conv in conv_paths(model).items():
         report = state.reports.get(path)
@@ -137,8 +145,14 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_row(path, conv, report.reason, report.detail))
         elif (refusal := refusals.get(path)) is not None:
             rows.append(_row(path, conv, refusal))
+        elif (eight := bytes_of.get(path)) is not None and (
+            row := _int8_row(path, conv, *eight)
+        ) is not None:
+            rows.append(row)
         else:
-            rows += _site_rows(path, conv, report.note)
+            why = "" if eight is None else eight[0].refused.get(path, "")
+            note = REASONS[report.note] if report.note else ""
+            rows += _site_rows(path, conv, "; ".join(filter(None, (note, why and f"fp32: {why}"))))
     carried = {id(site) for conv in conv_paths(model).values() for site in conv.children()}
     if any(is_site(module) and id(module) not in carried for module in model.modules()):
         rows += [
@@ -149,6 +163,12 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(rows, _calls(model))
 
 
+def _programs(model: nn.Module) -> list[Program]:
+    """The programs of the model and of what is below it, each once."""
+    states = [module.__dict__.get(STATE) for module in model.modules()]
+    return list(dict.fromkeys(p for s in states if s is not None for p in s.programs.values()))
+
+
 def _calls(model: nn.Module) -> list[str]:
     found: list[Sequences | Prefix] = []
     for module in model.modules():
@@ -157,6 +177,8 @@ def _calls(model: nn.Module) -> list[str]:
         state = module.__dict__.get(STATE)
         if state is not None:
             found += [program.prefix for program in dict.fromkeys(state.programs.values())]
+    eight = [program.int8 for program in _programs(model) if program.int8 is not None]
+    found += [form.prefix for form in eight]
     chains: list[Any] = [
         m.chains for m in model.modules() if isinstance(m, Sequenced) and m.chains is not None
     ]
@@ -167,6 +189,11 @@ def _calls(model: nn.Module) -> list[str]:
             chains += [program.chains for program in dict.fromkeys(state.programs.values())]
             chains += [] if state.graphs is None else [state.graphs]
     lines += [line for known in chains for line in known.lines()]
+    lines += [
+        f"8 bits for {len(form.means)} of {len(form.means) + len(form.refused)} sites, "
+        f"calibrated on {form.batches} batches"
+        for form in eight
+    ]
     for path, module in model.named_modules():
         if isinstance(module, (BasicBlock, Bottleneck)):
             lines += [f"{path}: {line}" for line in module.trained.lines()]
@@ -207,9 +234,25 @@ def _site_rows(path: str, conv: nn.Module, note: str) -> list[dict[str, Any]]:
     ran = [row for row in rows if row["reason"] != "NOT_RUN"] or rows[:1]
     for row in ran:
         row["name"] = path
-        if note:
-            row["notes"] = "; ".join(t for t in (row.get("notes"), REASONS[note]) if t)
+        row["notes"] = "; ".join(t for t in (row.get("notes"), note) if t)
     return [complete(row) for row in ran]
+
+
+def _int8_row(path: str, conv: nn.Module, form: Int8, step: Step) -> dict[str, Any] | None:
+    """The row of a site that has run on bytes, or None."""
+    shape = form.shape(path)
+    if shape is None:
+        return None
+    return _row(path, conv, "INT8", f"grids from {form.batches} batches") | {
+        "op": "conv_bn_act",
+        "x_shape": shape,
+        "dtype": "int8",
+        "layout": "channels_last",
+        "act": step.target.act,
+        "residual": step.args[1] is not None,
+        "candidate": "int8",
+        "fused": True,
+    }
 
 
 def _row(path: str, conv: nn.Module, reason: str, detail: str = "") -> dict[str, Any]:

@@ -30,6 +30,7 @@ from resnet_fast.ops.activation import LEAKY_SLOPE
 #: Why a convolution was not fused, or not as far as it might be.
 REASONS: dict[str, str] = {
     "FUSED": "fused at this site",
+    "INT8": "runs on 8-bit operands, as was asked for",
     "NO_BN": "neither batch norm, residual nor activation follows the convolution",
     "MULTIPLE_USERS": "the convolution's result is used more than once",
     "SHARED_MODULE": "the convolution or its norm is called more than once",

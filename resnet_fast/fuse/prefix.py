@@ -73,15 +73,16 @@ class Prefix:
         modules: list[nn.Module],
         parents: list[nn.Module],
     ) -> None:
-        """Keep the sequence of the first ``count`` steps of ``record``, if it does what they did.
+        """Keep the sequence of ``record``, if it does what the first ``count`` steps did.
 
         Args:
+            record: cut to what those steps entered.
+            count: of the program's steps.
             value: the last one's result.
             modules: those that the steps called.
             parents: those that they were looked up in.
         """
         x = record.x
-        record.cut(count)
         built = build(Structure(modules, [*parents, *modules]), record, whole=False)
         if built is None or not agrees(built, x, value):
             return

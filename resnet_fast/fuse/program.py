@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,9 @@ from resnet_fast.fuse.steps import (
 )
 from resnet_fast.nn.recorder import Recorder
 from resnet_fast.ops import activation
+
+if TYPE_CHECKING:
+    from resnet_fast.fuse.int8 import Int8
 
 # Calls whose result does not depend on how their input lies in memory: everything else is handed
 # the layout that the model would have had without sites.
@@ -99,6 +102,8 @@ class Program:
         self.signature: Signature = captured.signature
         #: Called in place of each site while a model is verified.
         self.observe: Callable[..., Tensor] | None = None
+        #: What runs in its place on 8-bit operands, where that was asked for.
+        self.int8: Int8 | None = None
         self.links: list[Link] = []
         #: What the links led to when the graph was traced.
         self.containers: list[nn.Module] = []
@@ -258,6 +263,10 @@ class Program:
             inputs.append(values[name])
         return inputs
 
+    def modules(self, root: nn.Module) -> list[nn.Module]:
+        """The containers that the steps look modules up in, as far as they are what was traced."""
+        return self._enter(root)[0]
+
     def refusal(self, root: nn.Module) -> str | None:
         """The reason code that keeps the program from running now, or None."""
         return self._enter(root)[1]
@@ -284,7 +293,11 @@ class Program:
         modules, refusal = self._enter(root)
         if refusal is not None:
             return False, None
-        slots: list[Any] = [*inputs, *([None] * (self.size - len(inputs)))]
+        if self.int8 is not None and self.observe is None:
+            ran, slots = self.int8.run(self, modules, inputs)
+            if ran:
+                return True, slots[self.result]
+        slots = [*inputs, *([None] * (self.size - len(inputs)))]
         layout = all(value.is_contiguous() for value in inputs if isinstance(value, Tensor))
         chained = self.chains.find(self, modules, inputs) if self.observe is None else None
         if chained is not None:
@@ -329,6 +342,7 @@ class Program:
                 for step in self.steps[:count]
                 for leaf in leaves_of(step)
             ]
+            recorder.cut(count)
             self.prefix.keep(recorder, count, value, called, modules)
 
     def _run_steps(

@@ -7,7 +7,7 @@ import copy
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.errors import AccelerateError, ArgumentError
+from resnet_fast.fuse.calibrate import Observer, observe
 from resnet_fast.fuse.capture import (
     SITE_CHILD,
     STATE,
@@ -26,11 +27,14 @@ from resnet_fast.fuse.capture import (
     copy_tree,
     is_fused_already,
 )
+from resnet_fast.fuse.int8 import quantized, same_grid
 from resnet_fast.fuse.match import Match, Matcher, call_counts
 from resnet_fast.fuse.program import Program
 from resnet_fast.fuse.verify import compare
 from resnet_fast.nn.graphs import Replays
 from resnet_fast.nn.site import FusedSite
+from resnet_fast.ops import conv_bn_act_int8
+from resnet_fast.ops._checks import require_op
 from resnet_fast.plan import Plan, set_plan, use
 
 
@@ -192,6 +196,8 @@ def accelerate(
     verify: bool = True,
     plan: Plan | None = None,
     cuda_graph: bool = False,
+    dtype: str | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
     """A copy of ``model``'s structure that runs its convolutions fused, on the same parameters.
 
@@ -216,10 +222,23 @@ def accelerate(
             ``forward`` decides by anything but its modules is taken as it was then. A forward that
             cannot be recorded runs as it does without, with a warning, and :func:`explain` says
             why.
+        dtype: ``"int8"``: on a CPU in ``eval()``, without recorded gradients, ``torch.compile`` or
+            ``torch.export``, the sites run on 8-bit operands, which is less exact: activations as
+            uint8 on a grid for each tensor, weights as int8 with a scale a filter. Weights are
+            taken as they are at each call; the grids are what ``calibration`` showed with the
+            weights of that time.
+        calibration: with ``dtype="int8"``, a finite iterable of batches like those that the model
+            will see; some hundred images do. A batch is a tensor, a dict of keyword arguments, or a
+            tuple or list of positional ones, of which those beyond ``forward``'s (labels) are left
+            out.
 
     Raises:
-        ArgumentError: if ``model`` is not a module, ``plan`` no plan, or ``cuda_graph`` no bool.
-        AccelerateError: with ``strict``, if nothing is fused; for a compiled or scripted module;
+        ArgumentError: if ``model`` is not a module, ``plan`` no plan, ``cuda_graph`` no bool,
+            ``dtype`` another, or if one of ``dtype`` and ``calibration`` comes without the other;
+            with ``dtype="int8"``, for a model that is not in fp32 on the CPU.
+        LibraryError: with ``dtype="int8"``, without the native CPU library.
+        AccelerateError: with ``dtype="int8"``, if no site can run on 8 bits, if the model fails on
+            a batch of ``calibration`` or its activations there are not finite; with ``strict``, if nothing is fused; for a compiled or scripted module;
             if ``model`` itself fails on ``example_inputs``.
     """
     if not isinstance(model, nn.Module):
@@ -232,6 +251,7 @@ def accelerate(
         raise AccelerateError("a scripted module has no Python forward: accelerate its source")
     if type(model).__module__.startswith("torch._dynamo"):
         raise AccelerateError("the module is compiled: accelerate first, then torch.compile")
+    _check_int8(model, dtype, calibration)
     origin = _original(model)
     root, pairs = copy_tree(origin)
     captured = capture(root)
@@ -265,9 +285,48 @@ def accelerate(
     state.graphs = Replays() if cuda_graph else None
     if strict and not any(r.reason in ("FUSED", "ALREADY_FUSED") for r in state.reports.values()):
         raise AccelerateError(_why_nothing(state))
+    if calibration is not None:
+        _calibrate(root, state, calibration)
     if plan is not None:
         set_plan(plan)
     return root
+
+
+def _check_int8(model: nn.Module, dtype: Any, calibration: Any) -> None:
+    if dtype not in (None, "int8"):
+        raise ArgumentError("dtype", '"int8" or None', repr(dtype))
+    if dtype is None:
+        if calibration is not None:
+            raise ArgumentError("calibration", 'None without dtype="int8"', "batches")
+        return
+    if calibration is None or not isinstance(calibration, Iterable):
+        raise ArgumentError("calibration", "an iterable of batches", type(calibration).__name__)
+    for name, tensor in model.named_parameters():
+        if tensor.device.type != "cpu" or tensor.dtype is not torch.float32:
+            found = f"{name} in {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+            raise ArgumentError("model", 'parameters in fp32 on the CPU with dtype="int8"', found)
+    if not conv_bn_act_int8.available():
+        require_op("_int8_conv")
+
+
+def _calibrate(root: nn.Module, state: Acceleration, calibration: Iterable[Any]) -> None:
+    """Observe the programs of eval on ``calibration``, and give each its 8-bit form."""
+    observers = []
+    for path in state.units:
+        unit = root.get_submodule(path)
+        program = unit.__dict__[STATE].programs.get(False)
+        if program is not None:
+            modules = program.modules(unit)
+            observers.append((program, modules, Observer(program, same_grid(program, modules))))
+    if not observers:
+        raise AccelerateError(_why_nothing(state))
+    batches = observe(root, [(program, seen) for program, _, seen in observers], calibration)
+    forms = [quantized(p, modules, seen.found, batches) for p, modules, seen in observers]
+    if not any(form.means for form in forms):
+        reasons = dict.fromkeys(why for form in forms for why in form.refused.values())
+        raise AccelerateError(f"no site can run on 8 bits: {'; '.join(reasons)}")
+    for (program, _, _), form in zip(observers, forms, strict=True):
+        program.int8 = form
 
 
 def undo(accelerated: nn.Module) -> nn.Module:

@@ -101,13 +101,19 @@ def leaves_of(step: Step) -> list[Leaf]:
     return [step.target] if step.kind == "module" else []
 
 
+def reads_of(step: Step) -> set[int]:
+    """The slots that a step reads."""
+    found: set[int] = set()
+    _reads((step.args, step.kwargs), found)
+    return found
+
+
 def cuts_of(steps: list[Step], inputs: int) -> list[int]:
     if inputs != 1:
         return []
     reads: list[set[int]] = []
     for step in steps:
-        found: set[int] = set()
-        _reads((step.args, step.kwargs), found)
+        found = reads_of(step)
         # While a program is recorded its input is in channels-last, which to a site is the same.
         if 0 in found and step.kind != "site":
             return []

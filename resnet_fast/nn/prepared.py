@@ -139,14 +139,16 @@ class Prepared:
         self.generation = _binding.generation()
         self.epoch = _pack.epoch()
         self.hooks = tuple(d for m in (conv, bn) if m is not None for d in hooks_of(m))
-        self.sources = sources_of(self.places(conv, bn), used)
+        places = self.places(conv, bn)
+        self.sources = sources_of(places, used[: len(places)])
         self.watch = _pack.watch(used)
         # Last: what is written to a parameter from here on shows in what was noted above.
         self.call = make()
 
     @staticmethod
     def places(conv: Any, bn: Any) -> list[tuple[dict[str, Any], str]]:
-        """Where the modules hold the tensors of a call, in the order of ``ConvArgs``."""
+        """Where the modules hold the tensors of a call, in the order of ``ConvArgs``; without a
+        norm its tensors, None, have no place."""
         found = [(conv._parameters, "weight"), (conv._parameters, "bias")]
         if bn is None:
             return found
@@ -159,9 +161,9 @@ class Prepared:
         """Whether ``used`` are the modules' own tensors, not ones computed at each look
         (``torch.nn.utils.parametrize``), whose sources nothing here would see change."""
         places = cls.places(conv, bn)
-        return len(places) == len(used) and all(
-            where.get(name) is t for (where, name), t in zip(places, used, strict=True)
-        )
+        return all(
+            where.get(name) is t for (where, name), t in zip(places, used, strict=False)
+        ) and all(t is None for t in used[len(places) :])
 
     @staticmethod
     def _geometry(conv: Any) -> tuple[Any, ...]:

@@ -34,6 +34,9 @@ KINDS = {
 #: Integers in a step.
 STEP_FIELDS = 16
 
+# Beside an input of bytes the weights are signed.
+_WEIGHTS = {torch.uint8: torch.int8}
+
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _NO_WINDOW = (1, 1, 1, 1, 0, 0, 1, 1, 1)  # the last is the number of groups
@@ -101,7 +104,8 @@ class Recorder:
         """Enter a convolution site's call."""
         layer = getattr(prepared.call, "layer", None)
         conv = prepared.conv
-        if layer is None or layer.weight.dim() != 4 or layer.weight.dtype is not self.x.dtype:
+        dtype = _WEIGHTS.get(self.x.dtype, self.x.dtype)
+        if layer is None or layer.weight.dim() != 4 or layer.weight.dtype is not dtype:
             return  # the result stays unknown
         window = (
             *conv.kernel_size,

@@ -49,7 +49,11 @@ _PLAIN: set[type] = {
 _PATCHES = ("forward", "_conv_forward")
 _BODIES = ("forward", "__call__", "_trunk", "_head", "_conv_forward", "start", "middle", "finish")
 # The dtypes that a sequence runs in, each with integers of its size.
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.uint8: torch.uint8,  # on the grids of an 8-bit network
+}
 _GLOBAL_HOOKS = (
     _nn_module._global_forward_hooks,
     _nn_module._global_forward_pre_hooks,
