@@ -95,7 +95,7 @@ py::list kernel_variants() {
       {"conv_bn_act", "panel_gemm", tiled},   {"conv_bn_act", "depthwise", tiled},
       {"conv_bn_act", "direct", paired},      {"conv_bn_act", "winograd2", tiled},
       {"conv_bn_act", "winograd4", tiled},    {"conv_bn_act", "grouped", tiled},
-      {"conv_bn_act", "int8", dotted},
+      {"conv_bn_act", "int8", dotted},        {"conv_bn_act", "int8_grouped", dotted},
       {"bn_act", "affine", pointwise},        {"add_act", "affine", pointwise},
       {"bn_act_train", "two_pass", pointwise}};
   py::list rows;

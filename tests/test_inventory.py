@@ -20,7 +20,7 @@ PACKAGE = ROOT / "resnet_fast"
 PRIVATE = {"add_act": "_add_act_backward", "bn_act_train": "_bn_act_train_backward"}
 # Parts of the registrations that pack weights (resnet_fast/ops/conv_bn_act_<algorithm>.py).
 PARTS = {"_direct_weight", "_direct_conv", "_winograd_weight", "_winograd_conv"}
-PARTS |= {"_int8_weight", "_int8_conv", "_int8_quantize"}
+PARTS |= {"_int8_weight", "_int8_conv", "_int8_quantize", "_int8_dequantize"}
 # What serves all ops: the memory of their outputs, and a network's layers as one call.
 SHARED = {
     "_release_memory": "pool",

@@ -1,9 +1,9 @@
-// The 8-bit convolution (int8.h): its ops, the depthwise kernel, and the product for CPUs without
-// an instruction for it, where 8 bits save memory but hardly time.
+// The 8-bit convolution (int8.h): its ops, and the product for CPUs without an instruction for it,
+// where 8 bits save memory but hardly time. Narrow groups have kernels of their own
+// (conv_bn_act_int8_grouped.cpp).
 #include "int8.h"
 
 #include "band.h"
-#include "lanes.h"
 #include "pool.h"
 
 namespace resnet_fast::cpu {
@@ -26,7 +26,6 @@ template <>
 struct Bytes<64> {
   typedef int32_t Sums __attribute__((vector_size(64)));
   typedef int8_t Signed __attribute__((vector_size(16)));
-  typedef uint8_t Unsigned __attribute__((vector_size(16)));
 };
 
 // The product of direct.h by 32-bit multiplications.
@@ -97,94 +96,6 @@ struct DirectPlain {
   }
 };
 
-// One filter a channel, two spatial dimensions: lanes are neighbouring channels, of x and y alike.
-bool is_depthwise(int64_t filters, int64_t channels, int64_t groups) {
-  return groups > 1 && channels == 1 && filters == groups;
-}
-
-constexpr int64_t kDepthwiseLines = 4;   // of output, a task's
-constexpr int64_t kDepthwisePixels = 4;  // that share each weight that is loaded
-constexpr int64_t kDepthwiseLanes = 16;
-
-// sums[kPixels][channels] of 16 neighbouring channels, or of what is left of them. `step` apart are
-// neighbouring windows, `line` apart the lines of a window; weights are [taps][channels].
-template <int kPixels>
-RF_INLINE inline void depthwise_sums(const Geometry& g, const uint8_t* from, int64_t step,
-                                     int64_t line, const int8_t* packed, int64_t lanes,
-                                     int32_t* sums) {
-  using Sums = Bytes<64>::Sums;
-  Bytes<64>::Unsigned values = {};
-  Bytes<64>::Signed factors = {};
-  const auto bytes = static_cast<size_t>(lanes);
-  Sums acc[kPixels] = {};
-  for (int64_t i = 0; i < g.kernel[1]; ++i) {
-    for (int64_t j = 0; j < g.kernel[2]; ++j, packed += g.channels) {
-      const uint8_t* at = from + i * line + j * g.dilation[2] * g.channels;
-      std::memcpy(&factors, packed, bytes);
-      const Sums factor = __builtin_convertvector(factors, Sums);
-#pragma GCC unroll 4
-      for (int p = 0; p < kPixels; ++p) {
-        std::memcpy(&values, at + p * step, bytes);
-        acc[p] += __builtin_convertvector(values, Sums) * factor;
-      }
-    }
-  }
-  for (int p = 0; p < kPixels; ++p) std::memcpy(sums + p * g.channels, &acc[p], 4 * bytes);
-}
-
-RF_INLINE inline void depthwise_tasks(const Geometry& g, const DirectOperands<uint8_t>& o,
-                                      int64_t begin, int64_t end) {
-  thread_local Scratch band_memory, sums_memory;
-  const int64_t channels = g.channels, step = g.stride[2] * channels;
-  const int64_t length = (g.out[2] - 1) * step + ((g.kernel[2] - 1) * g.dilation[2] + 1) * channels;
-  const int64_t bands = (g.out[1] + kDepthwiseLines - 1) / kDepthwiseLines;
-  const int64_t lines =
-      (kDepthwiseLines - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
-  auto* const band = band_memory.get<uint8_t>(lines * length);
-  auto* const sums = sums_memory.get<int32_t>(kDepthwisePixels * channels);
-  const auto* const packed = static_cast<const int8_t*>(o.packed);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t n = task / bands, h0 = task % bands * kDepthwiseLines;
-    const int64_t h1 = std::min(g.out[1], h0 + kDepthwiseLines);
-    const uint8_t* image = o.x + n * g.in[1] * g.in[2] * channels;
-    const int64_t used = (h1 - h0 - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
-    for (int64_t line = 0; line < used; ++line) {
-      const int64_t h = h0 * g.stride[1] - g.padding[1] + line;
-      padded_line(g, image, false, h, channels, length, o.outside(), band + line * length);
-    }
-    for (int64_t h = h0; h < h1; ++h) {
-      for (int64_t w = 0; w < g.out[2]; w += kDepthwisePixels) {
-        const int64_t count = std::min(kDepthwisePixels, g.out[2] - w);
-        const uint8_t* from = band + (h - h0) * g.stride[1] * length + w * step;
-        for (int64_t c = 0; c < channels; c += kDepthwiseLanes) {
-          const int64_t lanes = std::min(kDepthwiseLanes, channels - c);
-          const int64_t line = g.dilation[1] * length;
-          if (count == kDepthwisePixels && lanes == kDepthwiseLanes) {
-            depthwise_sums<kDepthwisePixels>(g, from + c, step, line, packed + c, kDepthwiseLanes,
-                                             sums + c);
-          } else {
-            for (int64_t p = 0; p < count; ++p) {
-              depthwise_sums<1>(g, from + p * step + c, step, line, packed + c, lanes,
-                                sums + p * channels + c);
-            }
-          }
-        }
-        const int64_t at = ((n * g.out[1] + h) * g.out[2] + w) * channels;
-        finish_rows(o, channels, count, channels, sums, channels, 0, at);
-      }
-    }
-  }
-}
-
-void depthwise(const Geometry& g, const DirectOperands<uint8_t>& o) {
-  const int64_t bands = (g.out[1] + kDepthwiseLines - 1) / kDepthwiseLines;
-  run_on_isa([&](auto isa) {
-    parallel_on<decltype(isa)::value>(
-        g.batch * bands,
-        [&](int64_t begin, int64_t end) RF_INLINE { depthwise_tasks(g, o, begin, end); });
-  });
-}
-
 void check_weight(const Tensor& weight) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Char && weight.dim() == 4,
                   "weight: expected a CPU tensor of int8 with 4 dimensions");
@@ -193,18 +104,16 @@ void check_weight(const Tensor& weight) {
 Tensor int8_weight(const Tensor& weight, int64_t groups) {
   check_weight(weight);
   const int64_t filters = weight.size(0), channels = weight.size(1);
-  const int64_t taps = weight.size(2) * weight.size(3);
+  const int64_t height = weight.size(2), width = weight.size(3), taps = height * width;
   STD_TORCH_CHECK(groups > 0 && filters % groups == 0,
                   "groups: expected a positive divisor of the filters");
   const Tensor dense = as_format(weight, MemoryFormat::Contiguous);
-  const int64_t size = int8_packed_size(filters, channels, taps, groups);
+  const int64_t size = int8_packed_size(filters, channels, height, width, groups);
   const Tensor packed = empty_packed(size, ScalarType::Char, weight);
   const auto* const from = data_of<int8_t>(dense);
   auto* const to = mutable_data_of<int8_t>(packed);
-  if (is_depthwise(filters, channels, groups)) {
-    for (int64_t k = 0; k < filters; ++k) {
-      for (int64_t tap = 0; tap < taps; ++tap) to[tap * filters + k] = from[k * taps + tap];
-    }
+  if (is_int8_narrow(filters, channels, groups)) {
+    pack_int8_narrow(from, filters, channels, height, width, to);
   } else if (has_int8_vnni()) {
     pack_int8_vnni(from, filters, channels, taps, groups, to);
   } else {
@@ -235,8 +144,7 @@ Tensor int8_conv(const Tensor& x, const Tensor& packed, const Tensor& weight, co
   STD_TORCH_CHECK(inverse > 0, "inverse: expected a positive factor");
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Char &&
                       packed.is_contiguous() &&
-                      packed.numel() ==
-                          int8_packed_size(g.filters, g.group_channels(), g.taps(), groups),
+                      packed.numel() == int8_packed_size(g),
                   "packed: expected what _int8_weight returns for this weight");
   for (const auto& [name, vector] : {std::pair{"scale", &scale}, {"shift", &shift}}) {
     STD_TORCH_CHECK(vector->is_cpu() && vector->scalar_type() == ScalarType::Float &&
@@ -266,12 +174,15 @@ Tensor int8_conv(const Tensor& x, const Tensor& packed, const Tensor& weight, co
 }
 
 // x on a grid: round(x * inverse) + zero, what lies beyond it at its ends, NaN at its lower one.
-RF_INLINE inline uint8_t on_grid(float x, float inverse, float zero) {
+RF_INLINE inline void put_on_grid(const float* __restrict x, int64_t count, float inverse,
+                                  float zero, uint8_t* __restrict y) {
   constexpr float kRound = 12582912.0f;  // direct.h
-  float v = x * inverse + zero;
-  v = v > 0.0f ? v : 0.0f;
-  v = v > 255.0f ? 255.0f : v;
-  return static_cast<uint8_t>(std::bit_cast<uint32_t>(v + kRound));
+  for (int64_t i = 0; i < count; ++i) {
+    float v = x[i] * inverse + zero;
+    v = v > 0.0f ? v : 0.0f;
+    v = v > 255.0f ? 255.0f : v;
+    y[i] = static_cast<uint8_t>(std::bit_cast<uint32_t>(v + kRound));
+  }
 }
 
 Tensor int8_quantize(const Tensor& x, double inverse, int64_t zero) {
@@ -289,21 +200,25 @@ Tensor int8_quantize(const Tensor& x, double inverse, int64_t zero) {
   const float* const from = data_of<float>(dense);
   auto* const to = mutable_data_of<uint8_t>(y);
   const auto factor = static_cast<float>(inverse), offset = static_cast<float>(zero);
+  constexpr int64_t kColumns = 256;
   run_on_isa([&](auto isa) {
     parallel_on<decltype(isa)::value>(
         x.size(0) * x.size(2), [&](int64_t begin, int64_t end) RF_INLINE {
           for (int64_t at = begin; at < end; ++at) {
             uint8_t* __restrict out = to + at * line;
             if (!planar) {
-              const float* __restrict in = from + at * line;
-              for (int64_t i = 0; i < line; ++i) out[i] = on_grid(in[i], factor, offset);
+              put_on_grid(from + at * line, line, factor, offset, out);
               continue;
             }
             const int64_t n = at / x.size(2), h = at % x.size(2);
+            uint8_t values[kColumns];  // a piece of a line's channel, which vectors can hold
             for (int64_t c = 0; c < channels; ++c) {
               const float* __restrict in = from + (n * channels + c) * plane + h * width;
-              for (int64_t w = 0; w < width; ++w) {
-                out[w * channels + c] = on_grid(in[w], factor, offset);
+              for (int64_t w0 = 0; w0 < width; w0 += kColumns) {
+                const int64_t columns = std::min(kColumns, width - w0);
+                put_on_grid(in + w0, columns, factor, offset, values);
+                uint8_t* __restrict spread = out + w0 * channels + c;
+                for (int64_t w = 0; w < columns; ++w) spread[w * channels] = values[w];
               }
             }
           }
@@ -312,10 +227,38 @@ Tensor int8_quantize(const Tensor& x, double inverse, int64_t zero) {
   return y;
 }
 
+// What bytes on a grid stand for, channels-last.
+Tensor int8_dequantize(const Tensor& x, double scale, int64_t zero) {
+  check_bytes("x", x);
+  STD_TORCH_CHECK(zero >= 0 && zero <= 255, "zero: expected 0 to 255");
+  const Tensor dense = channels_last_memory(x);
+  const Tensor like = empty({0}, ScalarType::Float, x);
+  const Tensor y = empty_channels_last(shape_of(x), like);
+  const auto* const from = data_of<uint8_t>(dense);
+  auto* const to = mutable_data_of<float>(y);
+  const auto factor = static_cast<float>(scale), offset = static_cast<float>(zero);
+  constexpr int64_t kPiece = 1 << 14;  // values a task takes
+  const int64_t count = x.numel();
+  run_on_isa([&](auto isa) {
+    parallel_on<decltype(isa)::value>(
+        (count + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) RF_INLINE {
+          const int64_t last = std::min(count, end * kPiece);
+          for (int64_t i = begin * kPiece; i < last; ++i) {
+            to[i] = (float(from[i]) - offset) * factor;
+          }
+        });
+  });
+  return y;
+}
+
 }  // namespace
 
-int64_t int8_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_t groups) {
-  if (is_depthwise(filters, channels, groups)) return filters * taps;
+int64_t int8_packed_size(int64_t filters, int64_t channels, int64_t height, int64_t width,
+                         int64_t groups) {
+  if (is_int8_narrow(filters, channels, groups)) {
+    return int8_narrow_packed_size(filters, channels, height, width);
+  }
+  const int64_t taps = height * width;
   if (has_int8_vnni()) return int8_vnni_packed_size(filters, channels, taps, groups);
   int64_t size = 0;
   run_on_isa([&](auto isa) {
@@ -325,7 +268,7 @@ int64_t int8_packed_size(int64_t filters, int64_t channels, int64_t taps, int64_
 }
 
 void run_int8(const Geometry& g, const DirectOperands<uint8_t>& o) {
-  if (is_depthwise(g.filters, g.group_channels(), g.groups)) return depthwise(g, o);
+  if (is_int8_narrow(g.filters, g.group_channels(), g.groups)) return int8_narrow(g, o);
   if (has_int8_vnni()) return int8_vnni(g, o);
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
@@ -347,4 +290,5 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("_int8_weight", TORCH_BOX(&resnet_fast::cpu::int8_weight));
   m.impl("_int8_conv", TORCH_BOX(&resnet_fast::cpu::int8_conv));
   m.impl("_int8_quantize", TORCH_BOX(&resnet_fast::cpu::int8_quantize));
+  m.impl("_int8_dequantize", TORCH_BOX(&resnet_fast::cpu::int8_dequantize));
 }

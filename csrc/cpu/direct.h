@@ -130,16 +130,20 @@ RF_INLINE inline void requantize_row(ActT, int64_t length, const int32_t* __rest
                                      const uint8_t* __restrict residual, const Requantize& grid,
                                      const Clamp& clamp, uint8_t* __restrict y) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-  const auto value = [&](int64_t k, float added) RF_INLINE {
+  constexpr Act kAct = ActT::value;
+  constexpr bool kClamps = kAct == Act::none || kAct == Act::relu || kAct == Act::relu6;
+  // Copies: a byte that is written might be part of anything that is referred to.
+  const float low = kClamps ? clamp.low : 0.0f, high = kClamps ? clamp.high : 255.0f;
+  const float inverse = grid.inverse, out = grid.out, factor = grid.residual;
+  const auto value = [=](int64_t k, float added) RF_INLINE {
     float v = float(sums[k]) * scale[k] + shift[k] + added;
-    if (!clamp.is_clamp) v = activate<ActT::value>(v) * grid.inverse + grid.out;
-    const float low = clamp.is_clamp ? clamp.low : 0.0f, high = clamp.is_clamp ? clamp.high : 255.f;
+    if constexpr (!kClamps) v = activate<kAct>(v) * inverse + out;
     v = v < low ? low : v;
     v = v > high ? high : v;
     return static_cast<uint8_t>(std::bit_cast<uint32_t>(v + kRound));
   };
   if (residual != nullptr) {
-    for (int64_t k = 0; k < length; ++k) y[k] = value(k, float(residual[k]) * grid.residual);
+    for (int64_t k = 0; k < length; ++k) y[k] = value(k, float(residual[k]) * factor);
   } else {
     for (int64_t k = 0; k < length; ++k) y[k] = value(k, 0.0f);
   }

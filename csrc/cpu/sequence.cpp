@@ -235,8 +235,7 @@ class Sequence {
                         r.constants + 5 <= static_cast<int64_t>(constants.size()),
                     "steps: constants out of range");
     const Tensor* const c = constants.data() + r.constants;
-    const int64_t sizes[5] = {int8_packed_size(g.filters, g.group_channels(), g.taps(), g.groups),
-                              c[1].numel(), g.filters, g.filters, 4};
+    const int64_t sizes[5] = {int8_packed_size(g), c[1].numel(), g.filters, g.filters, 4};
     for (int i = 0; i < 5; ++i) {
       const ScalarType type = i < 2 ? ScalarType::Char : ScalarType::Float;
       STD_TORCH_CHECK(c[i].is_cpu() && c[i].scalar_type() == type && c[i].is_contiguous() &&

@@ -65,7 +65,7 @@ class Int8:
     means: dict[str, Tensor]
     batches: int
     refused: dict[str, str]
-    _known: dict[Any, Prepared] = field(default_factory=dict)
+    _known: dict[str, dict[Any, Prepared]] = field(default_factory=dict)
     _ran: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _prefix: Prefix = field(default_factory=Prefix)
 
@@ -212,13 +212,14 @@ class Int8:
         x, residual = (self._bytes(ref, slots) for ref in step.args)
         assert x is not None
         r = None if residual is None else residual.q
-        key = (target.path, batch_kind(x.q), x.q.shape[1:], residual is None)
-        known = self._known.get(key)
+        calls = self._known.setdefault(target.path, {})
+        key = (batch_kind(x.q), x.q.shape[1:], residual is None)
+        known = calls.get(key)
         if known is None or not known.holds(x.q, conv, bn, r):
             known = self._prepare(step, conv, bn, x, residual)
             if known is None:
                 return False
-            keep(self._known, key, known)
+            keep(calls, key, known)
         y = known.call(x.q, r)
         self._ran[target.path] = tuple(x.q.shape)
         recorder = _recorder.active()

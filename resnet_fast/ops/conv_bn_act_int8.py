@@ -75,8 +75,8 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def dequantize(q: Tensor, grid: Grid) -> Tensor:
-    """What ``q`` on ``grid`` stands for, in fp32 and the memory format of ``q``."""
-    return q.to(torch.float32).sub_(grid.zero).mul_(grid.scale)
+    """What ``q`` (uint8, N C H W) on ``grid`` stands for, in fp32, channels-last."""
+    return torch.ops.resnet_fast._int8_dequantize(q, grid.scale, grid.zero)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,6 +232,10 @@ if available():
         return x.new_empty((x.shape[0], weight.shape[0], *out)).to(
             memory_format=torch.channels_last
         )
+
+    @torch.library.register_fake("resnet_fast::_int8_dequantize")
+    def _fake_dequantize(x: Tensor, scale: float, zero: int) -> Tensor:
+        return x.new_empty(x.shape, dtype=torch.float32).to(memory_format=torch.channels_last)
 
     @torch.library.register_fake("resnet_fast::_int8_quantize")
     def _fake_quantize(x: Tensor, inverse: float, zero: int) -> Tensor:
