@@ -69,8 +69,7 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
   const int64_t wide = band_channels<K>(g.channels), depth = g.taps() * wide;
   const bool packed_apart = band_depth<K>(g.channels, g.taps()) > 0;
   const int64_t size = group_packed_size<K>(g.filters, g.channels, g.taps());
-  const auto* packed =
-      static_cast<const typename K::Packed*>(o.packed) + (packed_apart ? size : 0);
+  const auto* packed = static_cast<const typename K::Packed*>(o.packed) + (packed_apart ? size : 0);
   const int64_t step = g.stride[2] * wide, run = g.kernel[2] * wide;
   const int64_t length = (g.out[2] - 1) * step + run;
   const int64_t lines = (kBandRows - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;

@@ -71,13 +71,13 @@ using MultiplyRowsPlain = void (*)(const RowsOf<uint8_t>& rows, const int8_t* pa
 
 template <Isa I, int NV>
 inline constexpr auto kMultiplyRowsPlain = []<int... R>(std::integer_sequence<int, R...>) {
-  return std::array<MultiplyRowsPlain, sizeof...(R)>{
-      [](const RowsOf<uint8_t>& rows, const int8_t* packed, int64_t depth,
-         const TileOut<uint8_t>& out) {
-        run_on<I>([&](auto) RF_INLINE {
-          multiply_rows_plain<Tile<I>::kBytes, R + 1, NV>(rows, packed, depth, out);
-        });
-      }...};
+  return std::array<MultiplyRowsPlain, sizeof...(R)>{[](const RowsOf<uint8_t>& rows,
+                                                        const int8_t* packed, int64_t depth,
+                                                        const TileOut<uint8_t>& out) {
+    run_on<I>([&](auto) RF_INLINE {
+      multiply_rows_plain<Tile<I>::kBytes, R + 1, NV>(rows, packed, depth, out);
+    });
+  }...};
 }(std::make_integer_sequence<int, Tile<I>::kRows>{});
 
 template <Isa I>
@@ -143,8 +143,7 @@ Tensor int8_conv(const Tensor& x, const Tensor& packed, const Tensor& weight, co
                   "zero, out_zero: expected 0 to 255");
   STD_TORCH_CHECK(inverse > 0, "inverse: expected a positive factor");
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Char &&
-                      packed.is_contiguous() &&
-                      packed.numel() == int8_packed_size(g),
+                      packed.is_contiguous() && packed.numel() == int8_packed_size(g),
                   "packed: expected what _int8_weight returns for this weight");
   for (const auto& [name, vector] : {std::pair{"scale", &scale}, {"shift", &shift}}) {
     STD_TORCH_CHECK(vector->is_cpu() && vector->scalar_type() == ScalarType::Float &&
@@ -240,13 +239,13 @@ Tensor int8_dequantize(const Tensor& x, double scale, int64_t zero) {
   constexpr int64_t kPiece = 1 << 14;  // values a task takes
   const int64_t count = x.numel();
   run_on_isa([&](auto isa) {
-    parallel_on<decltype(isa)::value>(
-        (count + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) RF_INLINE {
-          const int64_t last = std::min(count, end * kPiece);
-          for (int64_t i = begin * kPiece; i < last; ++i) {
-            to[i] = (float(from[i]) - offset) * factor;
-          }
-        });
+    parallel_on<decltype(isa)::value>((count + kPiece - 1) / kPiece,
+                                      [&](int64_t begin, int64_t end) RF_INLINE {
+                                        const int64_t last = std::min(count, end * kPiece);
+                                        for (int64_t i = begin * kPiece; i < last; ++i) {
+                                          to[i] = (float(from[i]) - offset) * factor;
+                                        }
+                                      });
   });
   return y;
 }

@@ -126,7 +126,8 @@ struct DirectVnni {
 bool has_int8_vnni() {
   static const bool has = [] {
     __builtin_cpu_init();
-    return current_isa() == Isa::avx512 && __builtin_cpu_supports("avx512vnni") != 0;
+    return current_isa() == Isa::avx512 && !is_plain_avx512() &&
+           __builtin_cpu_supports("avx512vnni") != 0;
   }();
   return has;
 }

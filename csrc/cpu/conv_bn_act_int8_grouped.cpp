@@ -37,20 +37,18 @@ RF_INLINE inline void depthwise_line(const Geometry& g, const Int8Band& band, co
 
 void depthwise(const Geometry& g, const DirectOperands<uint8_t>& o) {
   run_on_isa([&](auto isa) {
-    parallel_on<decltype(isa)::value>(int8_band_tasks(g), [&](int64_t begin,
-                                                              int64_t end) RF_INLINE {
-      thread_local Scratch memory;
-      auto* const sums = memory.get<int32_t>(g.out[2] * g.channels);
-      const auto* const packed = static_cast<const int8_t*>(o.packed);
-      each_int8_line(g, o, begin, end, 0, [&](const Int8Band& band, int64_t n, int64_t h)
-                                              RF_INLINE {
-                                                depthwise_line(g, band, packed, sums);
-                                                const int64_t at =
-                                                    (n * g.out[1] + h) * g.out[2] * g.channels;
-                                                finish_rows(o, g.channels, g.out[2], g.channels,
-                                                            sums, g.channels, 0, at);
-                                              });
-    });
+    parallel_on<decltype(isa)::value>(
+        int8_band_tasks(g), [&](int64_t begin, int64_t end) RF_INLINE {
+          thread_local Scratch memory;
+          auto* const sums = memory.get<int32_t>(g.out[2] * g.channels);
+          const auto* const packed = static_cast<const int8_t*>(o.packed);
+          each_int8_line(
+              g, o, begin, end, 0, [&](const Int8Band& band, int64_t n, int64_t h) RF_INLINE {
+                depthwise_line(g, band, packed, sums);
+                const int64_t at = (n * g.out[1] + h) * g.out[2] * g.channels;
+                finish_rows(o, g.channels, g.out[2], g.channels, sums, g.channels, 0, at);
+              });
+        });
   });
 }
 

@@ -81,10 +81,9 @@ RF_TARGET_AVX512VNNI inline void add_columns(const uint8_t* from, int64_t column
 // kWindows neighbouring outputs of a block of channels.
 template <int kWindows>
 RF_TARGET_AVX512VNNI void depthwise_tile(const Geometry& g, const Int8Band& band,
-                                         const uint8_t* from,
-                                         const int8_t* packed, const BlockScale& block,
-                                         const Clamp& clamp, int64_t channels, uint8_t* y,
-                                         int32_t* sums) {
+                                         const uint8_t* from, const int8_t* packed,
+                                         const BlockScale& block, const Clamp& clamp,
+                                         int64_t channels, uint8_t* y, int32_t* sums) {
   const int64_t fours = fours_of(g.kernel[2]), offsets = offsets_of(g.kernel[2]);
   const int64_t column = g.dilation[2] * g.channels;
   const __mmask64 mask = channels >= kBlock ? ~__mmask64(0) : (__mmask64(1) << channels) - 1;
@@ -133,8 +132,7 @@ RF_TARGET_AVX512VNNI void depthwise_tile(const Geometry& g, const Int8Band& band
 }
 
 using DepthwiseTile = void (*)(const Geometry&, const Int8Band&, const uint8_t*, const int8_t*,
-                               const BlockScale&, const Clamp&,
-                               int64_t, uint8_t*, int32_t*);
+                               const BlockScale&, const Clamp&, int64_t, uint8_t*, int32_t*);
 constexpr DepthwiseTile kDepthwiseTiles[kMostWindows] = {&depthwise_tile<1>, &depthwise_tile<2>,
                                                          &depthwise_tile<3>, &depthwise_tile<4>};
 
@@ -195,8 +193,8 @@ constexpr auto kQuadsTiles = []<int... P>(std::integer_sequence<int, P...>) {
   return std::array<QuadsTile, sizeof...(P)>{&quads_tile<P + 1>...};
 }(std::make_integer_sequence<int, kPixels>{});
 
-void quads_line(const Geometry& g, const DirectOperands<uint8_t>& o,
-                                     const Int8Band& band, int32_t* sums) {
+void quads_line(const Geometry& g, const DirectOperands<uint8_t>& o, const Int8Band& band,
+                int32_t* sums) {
   const int64_t channels = g.group_channels(), quads = channels / 4;
   alignas(64) int32_t firsts[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) firsts[lane] = int32_t(lane / channels * quads);

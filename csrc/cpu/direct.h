@@ -14,8 +14,8 @@
 // stride 1) x itself is the panel.
 //
 // A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kChain,
-// kFinishes (whether a tile can leave the registers finished), Packed (what a weight is kept as) and
-// multiply(count, rows, packed, depth, out, half of the block).
+// kFinishes (whether a tile can leave the registers finished), Packed (what a weight is kept as)
+// and multiply(count, rows, packed, depth, out, half of the block).
 #pragma once
 
 #include <bit>
@@ -50,7 +50,7 @@ struct DirectOperands {
   const T* residual;
   T* y;
   Act act;
-  bool planar = false;  // x is contiguous NCHW; only where reads_bands(g) (band.h)
+  bool planar = false;             // x is contiguous NCHW; only where reads_bands(g) (band.h)
   Requantize grid = {0, 1, 1, 0};  // 8-bit operands' alone
 
   // What a window reads outside the image.
@@ -250,8 +250,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
           const int64_t k0 = group * filters + block * NR;
           const int64_t columns_left = std::min(NR, filters - block * NR);
           const bool half = columns_left <= NR / 2;  // the second vector would be of zeros
-          const bool whole =
-              K::kFinishes && columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
+          const bool whole = K::kFinishes && columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
           const int64_t at = (pixel + row) * g.filters + k0;
           const typename K::Packed* packed =
               all_packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
@@ -291,7 +290,8 @@ void pack_rows(const typename K::Packed* from, int64_t filters, int64_t channels
         for (int64_t j = 0; j < NR; ++j) {
           const int64_t k = block * NR + j;
           const bool inside = k < filters && row < depth && c < channels;
-          line[j * kPair + row % kPair] = inside ? from[(k * channels + c) * taps + tap] : typename K::Packed{};
+          line[j * kPair + row % kPair] =
+              inside ? from[(k * channels + c) * taps + tap] : typename K::Packed{};
         }
       }
     }

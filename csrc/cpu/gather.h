@@ -120,7 +120,8 @@ RF_INLINE inline void gather_row(const Geometry& g, const T* x, const Window& wi
       g, win, runs,
       [&](int64_t column, int64_t element, int64_t length)
           RF_INLINE { widen_copy(x + element, row + column, length); },
-      [&](int64_t column, int64_t length) RF_INLINE { std::fill_n(row + column, length, outside); });
+      [&](int64_t column, int64_t length)
+          RF_INLINE { std::fill_n(row + column, length, outside); });
 }
 
 // Brings what gather_row will read into the second-level cache.

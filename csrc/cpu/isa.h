@@ -67,6 +67,15 @@ inline Isa current_isa() {
   return isa;
 }
 
+// Whether the set is avx512 as RESNET_FAST_MAX_ISA names it, without what came to it later.
+inline bool is_plain_avx512() {
+  static const bool plain = [] {
+    const char* limit = std::getenv("RESNET_FAST_MAX_ISA");
+    return limit != nullptr && std::string_view(limit) == "avx512";
+  }();
+  return plain;
+}
+
 template <typename F>
 void run_on_isa(const F& f) {
   switch (current_isa()) {

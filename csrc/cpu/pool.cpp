@@ -141,7 +141,7 @@ void give_back(void* block) { Pool::instance().give(block); }
 
 Tensor empty_pooled(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                     ScalarType dtype, const Tensor& like, MemoryFormat format) {
-  size_t bytes = dtype == ScalarType::Float                                    ? 4
+  size_t bytes = dtype == ScalarType::Float                               ? 4
                  : dtype == ScalarType::Byte || dtype == ScalarType::Char ? 1
                                                                           : 2;
   for (const int64_t n : shape) bytes *= static_cast<size_t>(n);

@@ -12,8 +12,8 @@
 namespace resnet_fast::cpu {
 
 // An uninitialised CPU tensor in channels-last memory (rank 4 or 5), of the dtype of `like`:
-// float32, 16 or 8 bits. From `kPooledBytes` on its memory comes from the pool, and goes back when the
-// last tensor over it dies.
+// float32, 16 or 8 bits. From `kPooledBytes` on its memory comes from the pool, and goes back when
+// the last tensor over it dies.
 Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& like);
 
 // The same for `count` values of packed weights or activations: large pages spare the product a

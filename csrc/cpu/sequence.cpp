@@ -228,7 +228,8 @@ class Sequence {
     steps_.push_back(s);
   }
 
-  // Packed weight, weight, scale, shift, and zero, residual's factor, inverse and zero of the output.
+  // Packed weight, weight, scale, shift, and zero, residual's factor, inverse and zero of the
+  // output.
   void bind_int8(Step& s, const Record& r, const std::vector<Tensor>& constants) {
     const Geometry& g = s.g;
     STD_TORCH_CHECK(r.filters > 0 && r.constants >= 0 &&

@@ -1,5 +1,6 @@
 // Max pooling over windows, the mean over an image and the shortcut without parameters,
-// channels-last, fp32 or bf16 (T), the maximum of bytes as well: what a residual network has between its convolutions.
+// channels-last, fp32 or bf16 (T), the maximum of bytes as well: what a residual network has
+// between its convolutions.
 #pragma once
 
 #include "gather.h"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from resnet_fast.errors import AccelerateError, ArgumentError
 from resnet_fast.fuse.capture import mode, untouched_rng
 from resnet_fast.fuse.program import Program, run_site
-from resnet_fast.fuse.steps import Ref, SiteTarget, Step
+from resnet_fast.fuse.steps import Ref, SiteTarget, Step, reads_of
 from resnet_fast.ops.conv_bn_act_int8 import Grid
 
 _BINS = 4096
@@ -108,6 +108,10 @@ class Observer:
         self._same = same
         self._steps = {step.target.path: step for step in program.steps if step.kind == "site"}
         self._made = {step.out for step in self._steps.values()}
+        # A step that is no site may write to what it reads: such values are looked at when they
+        # are read, too.
+        others = (step for step in program.steps if step.kind != "site" and step.out not in same)
+        self._made -= {same.get(slot, slot) for step in others for slot in reads_of(step)}
 
     def __call__(
         self, target: SiteTarget, conv: Any, bn: Any, act: Any, x: Tensor, residual: Any

@@ -244,12 +244,14 @@ class Int8:
         target: SiteTarget = step.target
         args = FusedSite.args(conv, bn)
         if not Prepared.held(conv, bn, args.tensors) or any(
-            t is not None and (t.is_inference() or t.device.type != "cpu" or t.dtype != torch.float32)
+            t is not None
+            and (t.is_inference() or t.device.type != "cpu" or t.dtype != torch.float32)
             for t in args.tensors
         ):
             return None
         call = int8.prepare(
-            args[:7],
+            args[:6],
+            args.eps,
             *(args.stride, args.padding, args.dilation, args.groups, target.act),
             *(x.grid, None if residual is None else residual.grid, self.grids[step.out]),
             self.means[target.path],

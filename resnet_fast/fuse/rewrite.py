@@ -238,8 +238,9 @@ def accelerate(
             with ``dtype="int8"``, for a model that is not in fp32 on the CPU.
         LibraryError: with ``dtype="int8"``, without the native CPU library.
         AccelerateError: with ``dtype="int8"``, if no site can run on 8 bits, if the model fails on
-            a batch of ``calibration`` or its activations there are not finite; with ``strict``, if nothing is fused; for a compiled or scripted module;
-            if ``model`` itself fails on ``example_inputs``.
+            a batch of ``calibration`` or its activations there are not finite; with ``strict``, if
+            nothing is fused; for a compiled or scripted module; if ``model`` itself fails on
+            ``example_inputs``.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", "a torch.nn.Module", type(model).__name__)

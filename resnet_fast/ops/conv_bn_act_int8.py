@@ -1,15 +1,15 @@
-"""``conv_bn_act`` on 8-bit operands (CPU): one tensor's grid for activations, one filter's for weights.
+"""``conv_bn_act`` on 8-bit operands (CPU).
 
-A :class:`Grid` says how a tensor of uint8 stands for real numbers. Weights are int8, symmetric, with
-a scale a filter; sums are exact in 32 bits, and scale, shift, residual and activation are applied in
-fp32 before the result is put on its own grid (Jacob et al. 2018, "Quantization and Training of
-Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 2). Nothing here is a
-candidate of a plan: 8 bits are used where they were asked for, and nowhere else.
+A :class:`Grid` says how a tensor of uint8 stands for real numbers. Weights are int8, symmetric,
+with a scale a filter; sums are exact in 32 bits, and scale, shift, residual and activation are
+applied in fp32 before the result is put on its own grid (Jacob et al. 2018, "Quantization and
+Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 2). Nothing
+here is a candidate of a plan: 8 bits are used where they were asked for, and nowhere else.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,7 +136,10 @@ def derive(
 
 
 def prepare(
-    parameters: tuple[Any, ...],
+    tensors: tuple[
+        Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+    ],
+    eps: float,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
@@ -150,14 +153,15 @@ def prepare(
     """The call of an 8-bit convolution, weights packed: call it with input and residual (uint8).
 
     Args:
-        parameters: weight, bias, bn_weight, bn_bias, mean, var, eps.
+        tensors: weight, bias, bn_weight, bn_bias, mean, var, fp32.
+        eps: of the norm.
         stride, padding, dilation, groups, act: as :func:`resnet_fast.ops.conv_bn_act` takes them.
         x, residual, y, x_mean: as :func:`derive` takes them.
     """
     made = cached(
-        ("int8", parameters[6], groups, act, x, residual, y),
-        (*parameters[:6], x_mean),
-        lambda: derive(*parameters, groups, act, x, residual, y, x_mean),
+        ("int8", eps, groups, act, x, residual, y),
+        (*tensors, x_mean),
+        lambda: derive(*tensors, eps, groups, act, x, residual, y, x_mean),
     )
     layer = Int8Layer("direct", made.packed, made.weight, made.scale, made.shift)
     layer.grids = torch.tensor([x.zero, made.residual, made.inverse, y.zero], dtype=torch.float32)
@@ -180,9 +184,7 @@ def deviation(call: PackedCall, x: Tensor, residual: Tensor | None, y: Tensor) -
     """
     stride, padding, dilation, groups, act, zero, factor, inverse, out_zero = call.after
     _, weight, scale, shift = call.before
-    wide = F.conv2d(
-        x.double() - zero, weight.double(), None, stride, padding, dilation, groups
-    )
+    wide = F.conv2d(x.double() - zero, weight.double(), None, stride, padding, dilation, groups)
     # The op's sums are over x itself: what lies outside the image holds `zero`.
     wide += (zero * weight.double().sum((1, 2, 3))).view(1, -1, 1, 1)
     product = wide * scale.double().view(1, -1, 1, 1)
