@@ -356,3 +356,13 @@ def test_histograms_of_nothing_but_zeros():
     histogram = Histogram()
     histogram.add(torch.zeros(2, 3, 4, 4))
     assert histogram.grid().scale == 1 and histogram.grid().zero == 0
+
+
+def test_a_histogram_sees_every_channel():
+    """One channel of 64 is far larger: values are drawn from it as from the others."""
+    x = torch.rand(2, 64, 112, 112)
+    x[:, 37] *= 20
+    histogram = Histogram()
+    histogram.add(x)
+    grid = histogram.grid()
+    assert grid.scale * 255 > 15

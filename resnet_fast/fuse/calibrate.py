@@ -9,6 +9,7 @@ the same way).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,10 @@ class Histogram:
             self.counts[_BINS // 4 : 3 * _BINS // 4] = merged
             self.reach *= 2
         flat = _flat(x)
-        flat = flat[:: max(1, flat.numel() // _SAMPLES)]
+        step = max(1, flat.numel() // _SAMPLES)
+        while math.gcd(step, x.shape[1]) > 1:  # or some channels would not be seen
+            step += 1
+        flat = flat[::step]
         flat = flat[flat != 0]
         self.counts += torch.histc(flat, _BINS, -self.reach, self.reach).double()
 
