@@ -285,12 +285,15 @@ def verify(
         "bench resnet50 --batch 1,16",
         "bench resnet18 --peers eager,compile --threads 2 --json out.json",
         "bench resnet50 --dtype bf16 --csv out.csv",
+        "bench resnet50 --dtype int8",
     )
 )
 def bench(
     model: Model,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8",
-    dtype: Dtype = "fp32",
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16; int8 on the CPU.", callback=_dtype)
+    ] = "fp32",
     size: Size = None,
     threads: Annotated[int | None, typer.Option(help="Default: all usable CPUs.")] = None,
     device: Device = "cpu",
@@ -305,6 +308,8 @@ def bench(
     """Time a network against its peers, in turns.
 
     torchvision's other classification networks (densenet121) run through accelerate().
+    With int8, torchvision's network is quantised after training, by each engine in its own way on
+    the same images; the error is then the output's distance from fp64.
     Each runs in a process of its own. Reports nothing and exits 1 when this package's output
     misses its error budget. A ratio above 1 means that the row is faster than what it is
     compared with.

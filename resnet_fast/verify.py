@@ -235,6 +235,19 @@ def check_output(problem: Problem, actual: torch.Tensor, name: str = "output") -
     return Check(name, bool(verdict.ok), float(verdict.error), float(verdict.limit))
 
 
+#: The distance, relative to the truth, beyond which a network on 8 bits is broken, not inexact.
+BROKEN = 0.5
+
+
+def check_distance(problem: Problem, actual: torch.Tensor, name: str = "output") -> Check:
+    """How far a network's output is from ``problem``'s truth, relative to it, both in L2 norm."""
+    ours = actual.cpu()[problem.images].double()
+    if ours.shape != problem.truth.shape:
+        return Check(name, False, float("inf"), BROKEN, f"shape {tuple(ours.shape)}")
+    distance = float((ours - problem.truth).norm() / problem.truth.norm())
+    return Check(name, distance <= BROKEN, distance, BROKEN)
+
+
 @contextmanager
 def checked_sites(model: torch.nn.Module, checks: list[Check]) -> Iterator[None]:
     """Within the context, each call of a fused site appends its verdict to ``checks``."""

@@ -204,13 +204,13 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
     const int64_t first_block = cut_at(cut.blocks, cut.strips, strip);
     const int64_t last_block = cut_at(cut.blocks, cut.strips, strip + 1);
     const int64_t pieces = (count + kRows - 1) / kRows;
-    for (int64_t i = 0; i < count; ++i) windows[i] = window_of(g, pixel + i);
+    windows_of(g, pixel, count, windows);
     int64_t count_ahead = 0;
     if (task + 1 < end) {
       const int64_t next = (task + 1) % group_tasks / cut.strips;
       const int64_t first = cut_at(pixels, cut.chunks, next);
       count_ahead = cut_at(pixels, cut.chunks, next + 1) - first;
-      for (int64_t i = 0; i < count_ahead; ++i) ahead[i] = window_of(g, first + i);
+      windows_of(g, first, count_ahead, ahead);
     }
     for (int64_t d0 = 0; d0 < depth; d0 += kDepth) {
       const int64_t d1 = std::min(depth, d0 + kDepth);

@@ -36,6 +36,30 @@ inline Window window_of(const Geometry& g, int64_t pixel) {
           h * g.stride[1] - g.padding[1], w * g.stride[2] - g.padding[2]};
 }
 
+// The windows of `count` neighbouring pixels. Only the first is found by division, which takes longer
+// than a pixel of a small product.
+inline void windows_of(const Geometry& g, int64_t pixel, int64_t count, Window* windows) {
+  if (count == 0) return;
+  Window at = window_of(g, pixel);
+  const int64_t image = g.in[0] * g.in[1] * g.in[2] * g.channels;
+  const std::array<int64_t, 3> end = {g.out[0] * g.stride[0] - g.padding[0],
+                                      g.out[1] * g.stride[1] - g.padding[1],
+                                      g.out[2] * g.stride[2] - g.padding[2]};
+  for (int64_t i = 0; i < count; ++i) {
+    windows[i] = at;
+    at.w += g.stride[2];
+    if (at.w < end[2]) continue;
+    at.w = -g.padding[2];
+    at.h += g.stride[1];
+    if (at.h < end[1]) continue;
+    at.h = -g.padding[1];
+    at.d += g.stride[0];
+    if (at.d < end[0]) continue;
+    at.d = -g.padding[0];
+    at.image += image;
+  }
+}
+
 template <typename T, typename A>
 RF_INLINE inline void widen_copy(const T* __restrict from, A* __restrict to, int64_t count) {
   if constexpr (std::is_same_v<T, A>) {

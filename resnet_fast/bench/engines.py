@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from resnet_fast import verify
+from resnet_fast.bench import int8
 
 
 class Unavailable(Exception):
@@ -25,7 +26,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What to run: a network, its weights and input, and the machine's share it may use."""
+    """What to run: a network, its weights and input, and the machine's share it may use.
+
+    With ``dtype`` int8, weights and input are fp32, and the engines that can quantise them.
+    """
 
     model: str
     dtype: str
@@ -37,7 +41,12 @@ class Job:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of weights and input."""
-        return verify.dtype_from_name(self.dtype)
+        return torch.float32 if self.int8 else verify.dtype_from_name(self.dtype)
+
+    @property
+    def int8(self) -> bool:
+        """Whether the network is to run on 8 bits."""
+        return self.dtype == "int8"
 
     def reference(self) -> torch.nn.Module:
         """The reference network holding the job's weights, in fp32 on the CPU."""
@@ -106,6 +115,10 @@ def _need(module: str, pip_name: str) -> None:
 
 def _ours_model(job: Job) -> tuple[torch.nn.Module, torch.Tensor]:
     x = job.x.to(job.device)
+    if job.int8:
+        from resnet_fast import accelerate
+
+        return accelerate(job.reference(), dtype="int8", calibration=int8.calibration(job)), x
     if job.model not in verify.model_names():
         from resnet_fast import accelerate
 
@@ -118,7 +131,7 @@ def _ours_model(job: Job) -> tuple[torch.nn.Module, torch.Tensor]:
 def resnet_fast(job: Job) -> Call:
     """This package's network as a user first meets it: default plan, NCHW input.
 
-    Where it has none of that name, torchvision's through ``accelerate()``.
+    Where it has none of that name, and on 8 bits, torchvision's through ``accelerate()``.
     """
     return _inference(*_ours_model(job))
 
@@ -127,6 +140,8 @@ def resnet_fast_tuned(job: Job) -> Call:
     """This package's network with a plan tuned for the job's input."""
     from resnet_fast import plan
 
+    if job.int8:
+        raise Unavailable("no plan chooses among 8-bit kernels")
     model, x = _ours_model(job)
     plan.set_plan(plan.tune(model, x))
     return _inference(model, x)
@@ -196,9 +211,12 @@ def onnxruntime(job: Job) -> Call:
     import onnxruntime as ort
 
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "model.onnx")
-        model = job.reference().to(job.torch_dtype)
-        torch.onnx.export(model, (job.x,), path, dynamo=False, input_names=["x"])
+        if job.int8:
+            path = int8.onnx_model(job, folder)
+        else:
+            path = str(Path(folder) / "model.onnx")
+            model = job.reference().to(job.torch_dtype)
+            torch.onnx.export(model, (job.x,), path, dynamo=False, input_names=["x"])
         options = ort.SessionOptions()
         options.intra_op_num_threads = job.threads
         options.inter_op_num_threads = 1
@@ -216,9 +234,13 @@ def openvino(job: Job) -> Call:
 
     # The plugin lowers fp32 to bf16 by itself where the CPU has it; the precision is pinned so
     # that every engine computes in the dtype that its row names.
-    precision = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[job.dtype]
+    precision = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}[job.dtype]
     x = job.x.float()
-    model = ov.convert_model(job.reference(), example_input=x, input=list(x.shape))
+    if job.int8:
+        _need("nncf", "nncf")
+        model = int8.openvino_model(job)
+    else:
+        model = ov.convert_model(job.reference(), example_input=x, input=list(x.shape))
     core = ov.Core()
     compiled = core.compile_model(
         model,

@@ -95,7 +95,7 @@ def environment(threads: int) -> dict[str, Any]:
         "resnet_fast": resnet_fast.__version__,
         "commit": commit(),
     }
-    for name in ("torchvision", "triton", "onnxruntime", "openvino"):
+    for name in ("torchvision", "triton", "onnxruntime", "openvino", "nncf"):
         facts[name] = _version(name)
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name(0)
@@ -252,5 +252,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
         if "median_ms" not in row
     ]
     references = [row["reference"] for row in rows if "reference" in row]
-    lines += [f"eager is {name}; error is the worst output's, against fp64" for name in references]
+    eight = any(row["dtype"] == "int8" for row in rows)
+    error = (
+        "the output's distance from fp64, relative" if eight else "the worst output's, against fp64"
+    )
+    lines += [f"eager is {name}; error is {error}" for name in references]
+    if eight:
+        lines.append("eager, eager_nhwc and compile compute in fp32: the fp32 network as it is")
     return list(dict.fromkeys(lines))

@@ -20,7 +20,7 @@ from typing import Any
 
 from resnet_fast import plan, verify
 from resnet_fast.bench.report import environment, summarise
-from resnet_fast.errors import ResNetFastError
+from resnet_fast.errors import ArgumentError, ResNetFastError
 
 DEFAULT_PEERS = ("eager", "eager_nhwc", "compile", "onnxruntime", "openvino")
 # A turn lasts about this long, so that short networks are sampled more often.
@@ -134,13 +134,17 @@ def bench_model(
 ) -> list[dict[str, Any]]:
     """Time ``engines`` on network ``name`` at one batch size, in ``reps`` interleaved rounds.
 
+    With ``dtype`` int8 the engines that can quantise the fp32 network; the others run it as it is.
     ``isolate=False`` keeps every engine in this process (see ``LocalWorker``).
 
     Returns one row an engine, unavailable ones included with the reason. Raises ``BenchError``
     if one of this package's engines fails, while it is timed too, or misses its error budget.
     """
     verify.check_model_name(name, others=True)
-    verify.dtype_from_name(dtype)
+    if dtype == "int8" and device != "cpu":
+        raise ArgumentError("dtype", "another than int8 on CUDA", dtype)
+    drawn_dtype = "fp32" if dtype == "int8" else dtype
+    verify.dtype_from_name(drawn_dtype)
     _check_engines(engines)
     size = verify.default_size(name) if size is None else size
     threads = threads or default_threads()
@@ -167,7 +171,7 @@ def bench_model(
                 "prepare",
                 path=path,
                 model=name,
-                dtype=dtype,
+                dtype=drawn_dtype,
                 batch=batch,
                 size=size,
                 seed=seed,
@@ -180,7 +184,7 @@ def bench_model(
             for engine in engines:
                 progress(f"prepare {engine}")
                 worker = start(engine)
-                worker.info = worker.ask("build", engine=engine, path=path, **job)
+                worker.info = worker.ask("build", engine=engine, path=path, dtype=dtype, **job)
                 _refuse_wrong(worker, what)
                 if "build_seconds" not in worker.info:
                     worker.close()
@@ -209,7 +213,6 @@ def bench_model(
 
 def _check_engines(names: Iterable[str]) -> None:
     from resnet_fast.bench.engines import ENGINES
-    from resnet_fast.errors import ArgumentError
 
     for name in names:
         if name not in ENGINES:
