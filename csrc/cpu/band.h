@@ -18,16 +18,15 @@
 
 namespace resnet_fast::cpu {
 
-constexpr int64_t kBandRows = 4;  // lines of output a task makes
-
 // Whether the windows are worth reading this way.
 inline bool reads_bands(const Geometry& g) {
   return g.groups == 1 && g.in[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0 && g.taps() > 1 &&
          g.dilation[2] == 1 && g.channels < kBandChannels && g.depth() <= Panel<float>::kDepth;
 }
 
-inline int64_t band_tasks(const Geometry& g) {
-  return g.batch * ((g.out[1] + kBandRows - 1) / kBandRows);
+template <typename K>
+int64_t band_tasks(const Geometry& g) {
+  return g.batch * ((g.out[1] + K::kBandRows - 1) / K::kBandRows);
 }
 
 // Line `h` of an image, from `padding` columns before it on, as `length` values.
@@ -62,7 +61,7 @@ template <typename K>
 RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typename K::T>& o,
                                    int64_t begin, int64_t end) {
   using T = typename K::T;
-  constexpr int64_t NR = K::kBlock;
+  constexpr int64_t NR = K::kBlock, kBandRows = K::kBandRows;
   constexpr int kRows = K::kRows;
   thread_local Scratch band_memory;
   const int64_t bands = (g.out[1] + kBandRows - 1) / kBandRows;

@@ -15,6 +15,7 @@ struct DirectFp32 {
   using Packed = float;
   static constexpr bool kFinishes = true;
   static constexpr int64_t kBlock = 2 * Tile<I>::kBytes / 4, kPair = 1;
+  static constexpr int64_t kDepth = Panel<float>::kDepth, kBandRows = 4;
   static constexpr int kRows = Tile<I>::kRows;
   // A panel is one chain (tile.h): of the limit at ResNet's sites that takes 0.46 at most, where
   // chains of 64 take 0.43 and two percent of a network's time.
@@ -142,7 +143,7 @@ void direct(const Geometry& g, const DirectOperands<float>& o) {
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     if (reads_bands(g)) {
-      return parallel_on<kIsa>(band_tasks(g), [&](int64_t begin, int64_t end) RF_INLINE {
+      return parallel_on<kIsa>(band_tasks<DirectFp32<kIsa>>(g), [&](int64_t begin, int64_t end) RF_INLINE {
         direct_bands<DirectFp32<kIsa>>(g, o, begin, end);
       });
     }

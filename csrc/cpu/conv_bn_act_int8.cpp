@@ -86,6 +86,7 @@ struct DirectPlain {
   using Packed = int8_t;
   static constexpr bool kFinishes = false;
   static constexpr int64_t kBlock = 2 * Tile<I>::kBytes / 4, kPair = 1;
+  static constexpr int64_t kDepth = Panel<uint8_t>::kDepth, kBandRows = 4;
   static constexpr int kRows = Tile<I>::kRows;
   static constexpr int64_t kChain = std::numeric_limits<int64_t>::max();
 
@@ -272,7 +273,7 @@ void run_int8(const Geometry& g, const DirectOperands<uint8_t>& o) {
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     if (reads_bands(g)) {
-      return parallel_on<kIsa>(band_tasks(g), [&](int64_t begin, int64_t end) RF_INLINE {
+      return parallel_on<kIsa>(band_tasks<DirectPlain<kIsa>>(g), [&](int64_t begin, int64_t end) RF_INLINE {
         direct_bands<DirectPlain<kIsa>>(g, o, begin, end);
       });
     }

@@ -13,7 +13,8 @@
 // partial sums wait in the second-level cache. Where a pixel's window is one run of memory (1x1 at
 // stride 1) x itself is the panel.
 //
-// A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kChain,
+// A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kDepth (of a
+// panel), kBandRows (lines of output that a task of band.h makes), kChain,
 // kFinishes (whether a tile can leave the registers finished), Packed (what a weight is kept as)
 // and multiply(count, rows, packed, depth, out, half of the block).
 #pragma once
@@ -27,8 +28,7 @@ namespace resnet_fast::cpu {
 
 template <typename T>
 struct Panel {
-  static constexpr int64_t kDepth = 1024 / sizeof(T);          // a weight block of 32 KiB
-  static constexpr int64_t kStride = kDepth + 64 / sizeof(T);  // an odd number of cache lines
+  static constexpr int64_t kDepth = 1024 / sizeof(T);  // a weight block of 32 KiB
 };
 
 constexpr int64_t kChunk = 98;       // pixels: 7 register tiles of 14
@@ -173,7 +173,7 @@ template <typename K>
 RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typename K::T>& o,
                                    const DirectCut& cut, int64_t begin, int64_t end) {
   using T = typename K::T;
-  constexpr int64_t NR = K::kBlock, kDepth = Panel<T>::kDepth, kPanelStride = Panel<T>::kStride;
+  constexpr int64_t NR = K::kBlock, kDepth = K::kDepth, kLine = 64 / sizeof(T);
   constexpr int kRows = K::kRows;
   thread_local Scratch panel_memory, sums_memory;
   const int64_t depth = g.depth(), padded = padded_depth<K>(depth), pixels = g.pixels();
@@ -183,8 +183,10 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   // Rows a multiple of 2 KiB apart would share two cache sets.
   const bool in_place = g.taps() == 1 && g.pixels() == g.batch * g.in[0] * g.in[1] * g.in[2] &&
                         g.padding == std::array<int64_t, 3>{} && depth <= kDepth && depth == padded;
-  T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * kPanelStride);
-  const int64_t row_stride = in_place ? g.channels : kPanelStride;
+  // Rows of the panel are an odd number of cache lines apart.
+  const int64_t panel_stride = ((std::min(padded, kDepth) + kLine - 1) / kLine | 1) * kLine;
+  T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * panel_stride);
+  const int64_t row_stride = in_place ? g.channels : panel_stride;
   const int64_t width = g.group_channels(), filters = g.group_filters();
   const auto* const all_packed = static_cast<const typename K::Packed*>(o.packed);
   const int64_t group_size = group_packed_size<K>(filters, width, g.taps());
@@ -220,7 +222,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
         panel = gathered;
         const Runs runs(g, group * width, width, d0, d1);
         for (int64_t i = 0; i < count; ++i) {
-          T* row = gathered + i * kPanelStride;
+          T* row = gathered + i * panel_stride;
           gather_row(g, o.x, windows[i], runs, row, o.outside());
           std::fill(row + (d1 - d0), row + columns, T{});
         }
@@ -277,8 +279,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
 template <typename K>
 void pack_rows(const typename K::Packed* from, int64_t filters, int64_t channels, int64_t wide,
                int64_t taps, typename K::Packed* to) {
-  using T = typename K::T;
-  constexpr int64_t NR = K::kBlock, kPair = K::kPair, kDepth = Panel<T>::kDepth;
+  constexpr int64_t NR = K::kBlock, kPair = K::kPair, kDepth = K::kDepth;
   const int64_t depth = taps * wide, padded = padded_depth<K>(depth);
   const int64_t blocks = (filters + NR - 1) / NR;
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
