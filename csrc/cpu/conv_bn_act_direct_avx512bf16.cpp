@@ -110,7 +110,8 @@ struct DirectBf16 {
   using Packed = bf16;
   static constexpr bool kFinishes = true;
   static constexpr int64_t kBlock = kPacked * kLanes, kPair = 2;
-  static constexpr int64_t kDepth = Panel<bf16>::kDepth, kBandRows = 4;
+  // One panel: windows of any depth can be read out of a band.
+  static constexpr int64_t kDepth = int64_t(1) << 20, kBandRows = 7;
   static constexpr int kRows = kMaxRows;
   // A result is rounded to 8 bits: one chain's error is far below.
   static constexpr int64_t kChain = std::numeric_limits<int64_t>::max();
@@ -142,7 +143,7 @@ void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64
 }
 
 void direct(const Geometry& g, const DirectOperands<bf16>& o) {
-  if (reads_bands(g)) {
+  if (reads_bands<DirectBf16>(g)) {
     return parallel_on<Isa::avx512>(band_tasks<DirectBf16>(g), [&](int64_t begin, int64_t end) RF_INLINE {
       direct_bands<DirectBf16>(g, o, begin, end);
     });

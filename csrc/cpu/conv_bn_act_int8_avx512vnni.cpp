@@ -123,16 +123,6 @@ struct DirectVnni {
   }
 };
 
-// Whether windows are read in place, out of a band. Gathering them costs a 3x3 convolution of 64
-// channels a fifth of its time; where lines are shorter than a tile, tiles of several lines win.
-bool reads_bands_here(const Geometry& g) {
-  const int64_t tiles = (g.out[2] + kMaxRows - 1) / kMaxRows;
-  const bool fills_tiles = 5 * g.out[2] >= 4 * tiles * kMaxRows;
-  return reads_bands(g) || (g.groups == 1 && g.in[0] == 1 && g.kernel[0] == 1 &&
-                            g.padding[0] == 0 && g.taps() > 1 && g.dilation[2] == 1 &&
-                            g.channels % DirectVnni::kPair == 0 && fills_tiles);
-}
-
 }  // namespace
 
 bool has_int8_vnni() {
@@ -154,7 +144,7 @@ void pack_int8_vnni(const int8_t* from, int64_t filters, int64_t channels, int64
 }
 
 void int8_vnni(const Geometry& g, const DirectOperands<uint8_t>& o) {
-  if (reads_bands_here(g)) {
+  if (reads_bands<DirectVnni>(g)) {
     return parallel_on<Isa::avx512>(band_tasks<DirectVnni>(g), [&](int64_t begin, int64_t end) RF_INLINE {
       direct_bands<DirectVnni>(g, o, begin, end);
     });

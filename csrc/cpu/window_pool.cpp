@@ -62,6 +62,26 @@ RF_INLINE inline void max_row(const Geometry& g, const T* image, int64_t oh, T* 
   }
 }
 
+// The same of bytes, a tap at a time over all channels: nothing is NaN, and a vector holds 64.
+RF_INLINE inline void max_row(const Geometry& g, const uint8_t* image, int64_t oh, uint8_t* y) {
+  const int64_t channels = g.channels;
+  const int64_t h0 = oh * g.stride[1] - g.padding[1];
+  const Inside rows(h0, g.kernel[1], g.dilation[1], g.in[1]);
+  for (int64_t ow = 0; ow < g.out[2]; ++ow, y += channels) {
+    const int64_t w0 = ow * g.stride[2] - g.padding[2];
+    const Inside columns(w0, g.kernel[2], g.dilation[2], g.in[2]);
+    uint8_t* __restrict to = y;
+    std::fill_n(to, channels, uint8_t(0));
+    for (int64_t i = rows.lo; i < rows.hi; ++i) {
+      for (int64_t j = columns.lo; j < columns.hi; ++j) {
+        const int64_t h = h0 + i * g.dilation[1], w = w0 + j * g.dilation[2];
+        const uint8_t* __restrict from = image + (h * g.in[2] + w) * channels;
+        for (int64_t c = 0; c < channels; ++c) to[c] = to[c] < from[c] ? from[c] : to[c];
+      }
+    }
+  }
+}
+
 }  // namespace
 
 template <typename T>
