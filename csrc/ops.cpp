@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "residual, int[] stride, int[] padding, int[] dilation, int groups, str act, int zero, float "
       "residual_scale, float inverse, int out_zero) -> Tensor");
   m.def("_int8_quantize(Tensor x, float inverse, int zero) -> Tensor");
+  m.def("_int8_mean(Tensor x, float scale, int zero) -> Tensor");
+  m.def(
+      "_int8_linear(Tensor x, Tensor packed, Tensor weight, Tensor scale, Tensor shift) -> Tensor");
   m.def("_int8_dequantize(Tensor x, float scale, int zero) -> Tensor");
   m.def("_make_sequence(Tensor[] constants, int[] steps, Tensor[] watched) -> int");
   m.def("_run_sequence(Tensor x, int sequence) -> Tensor");

@@ -28,6 +28,8 @@ SHARED = {
     "_run_sequence": "sequence",
     "_sequence_bytes": "sequence",
     "_free_sequence": "sequence",
+    "_int8_mean": "int8_head",
+    "_int8_linear": "int8_head",
     "_max_pool": "max_pool",
     "_max_pool_backward": "max_pool",
 }

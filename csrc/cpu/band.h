@@ -31,9 +31,9 @@ template <typename K>
 bool reads_bands(const Geometry& g) {
   const int64_t tiles = (g.out[2] + K::kRows - 1) / K::kRows;
   const bool fills_tiles = 5 * g.out[2] >= 4 * tiles * K::kRows;
-  return reads_bands(g) || (g.groups == 1 && g.in[0] == 1 && g.kernel[0] == 1 &&
-                            g.padding[0] == 0 && g.taps() > 1 && g.dilation[2] == 1 &&
-                            g.channels % K::kPair == 0 && fills_tiles);
+  return reads_bands(g) ||
+         (g.groups == 1 && g.in[0] == 1 && g.kernel[0] == 1 && g.padding[0] == 0 && g.taps() > 1 &&
+          g.dilation[2] == 1 && g.channels % K::kPair == 0 && fills_tiles);
 }
 
 template <typename K>

@@ -143,9 +143,9 @@ void direct(const Geometry& g, const DirectOperands<float>& o) {
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     if (reads_bands(g)) {
-      return parallel_on<kIsa>(band_tasks<DirectFp32<kIsa>>(g), [&](int64_t begin, int64_t end) RF_INLINE {
-        direct_bands<DirectFp32<kIsa>>(g, o, begin, end);
-      });
+      return parallel_on<kIsa>(band_tasks<DirectFp32<kIsa>>(g),
+                               [&](int64_t begin, int64_t end)
+                                   RF_INLINE { direct_bands<DirectFp32<kIsa>>(g, o, begin, end); });
     }
     const DirectCut cut(g, DirectFp32<kIsa>::kBlock, worker_count());
     parallel_on<kIsa>(g.groups * cut.chunks * cut.strips,

@@ -144,9 +144,9 @@ void pack_direct_bf16(const bf16* from, int64_t filters, int64_t channels, int64
 
 void direct(const Geometry& g, const DirectOperands<bf16>& o) {
   if (reads_bands<DirectBf16>(g)) {
-    return parallel_on<Isa::avx512>(band_tasks<DirectBf16>(g), [&](int64_t begin, int64_t end) RF_INLINE {
-      direct_bands<DirectBf16>(g, o, begin, end);
-    });
+    return parallel_on<Isa::avx512>(band_tasks<DirectBf16>(g),
+                                    [&](int64_t begin, int64_t end)
+                                        RF_INLINE { direct_bands<DirectBf16>(g, o, begin, end); });
   }
   const DirectCut cut(g, DirectBf16::kBlock, worker_count());
   parallel_on<Isa::avx512>(g.groups * cut.chunks * cut.strips,

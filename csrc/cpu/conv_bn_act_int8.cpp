@@ -1,7 +1,7 @@
 // The 8-bit convolution (int8.h): its ops, and the product for CPUs without an instruction for it,
 // where 8 bits save memory but hardly time. Narrow groups have kernels of their own
 // (conv_bn_act_int8_grouped.cpp).
-#include "int8.h"
+#include "int8_linear.h"
 
 #include "band.h"
 #include "pool.h"
@@ -185,6 +185,28 @@ RF_INLINE inline void put_on_grid(const float* __restrict x, int64_t count, floa
   }
 }
 
+// A line of kChannels planes, which are `plane` apart, to pixels that are `step` apart.
+template <int kChannels>
+RF_INLINE inline void interleave(const float* x, int64_t plane, int64_t width, float inverse,
+                                 float zero, uint8_t* to, int64_t step = kChannels) {
+  constexpr int64_t kColumns = 256;  // whose bytes stay in the first-level cache
+  uint8_t values[kChannels][kColumns];
+  for (int64_t w0 = 0; w0 < width; w0 += kColumns) {
+    const int64_t columns = std::min(kColumns, width - w0);
+    for (int c = 0; c < kChannels; ++c) {
+      put_on_grid(x + c * plane + w0, columns, inverse, zero, values[c]);
+    }
+    uint8_t* __restrict out = to + w0 * step;
+    if (step == kChannels) {
+      for (int64_t w = 0; w < columns; ++w) {
+        for (int c = 0; c < kChannels; ++c) out[w * kChannels + c] = values[c][w];
+      }
+    } else {
+      for (int64_t w = 0; w < columns; ++w) out[w * step] = values[0][w];
+    }
+  }
+}
+
 Tensor int8_quantize(const Tensor& x, double inverse, int64_t zero) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == 4,
                   "x: expected a CPU tensor of float32 with 4 dimensions");
@@ -200,7 +222,6 @@ Tensor int8_quantize(const Tensor& x, double inverse, int64_t zero) {
   const float* const from = data_of<float>(dense);
   auto* const to = mutable_data_of<uint8_t>(y);
   const auto factor = static_cast<float>(inverse), offset = static_cast<float>(zero);
-  constexpr int64_t kColumns = 256;
   run_on_isa([&](auto isa) {
     parallel_on<decltype(isa)::value>(
         x.size(0) * x.size(2), [&](int64_t begin, int64_t end) RF_INLINE {
@@ -211,15 +232,13 @@ Tensor int8_quantize(const Tensor& x, double inverse, int64_t zero) {
               continue;
             }
             const int64_t n = at / x.size(2), h = at % x.size(2);
-            uint8_t values[kColumns];  // a piece of a line's channel, which vectors can hold
+            const float* in = from + n * channels * plane + h * width;
+            if (channels == 3) {
+              interleave<3>(in, plane, width, factor, offset, out);
+              continue;
+            }
             for (int64_t c = 0; c < channels; ++c) {
-              const float* __restrict in = from + (n * channels + c) * plane + h * width;
-              for (int64_t w0 = 0; w0 < width; w0 += kColumns) {
-                const int64_t columns = std::min(kColumns, width - w0);
-                put_on_grid(in + w0, columns, factor, offset, values);
-                uint8_t* __restrict spread = out + w0 * channels + c;
-                for (int64_t w = 0; w < columns; ++w) spread[w * channels] = values[w];
-              }
+              interleave<1>(in + c * plane, plane, width, factor, offset, out + c, channels);
             }
           }
         });
@@ -273,14 +292,25 @@ void run_int8(const Geometry& g, const DirectOperands<uint8_t>& o) {
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     if (reads_bands(g)) {
-      return parallel_on<kIsa>(band_tasks<DirectPlain<kIsa>>(g), [&](int64_t begin, int64_t end) RF_INLINE {
-        direct_bands<DirectPlain<kIsa>>(g, o, begin, end);
-      });
+      return parallel_on<kIsa>(band_tasks<DirectPlain<kIsa>>(g),
+                               [&](int64_t begin, int64_t end) RF_INLINE {
+                                 direct_bands<DirectPlain<kIsa>>(g, o, begin, end);
+                               });
     }
     const DirectCut cut(g, DirectPlain<kIsa>::kBlock, worker_count());
     parallel_on<kIsa>(g.groups * cut.chunks * cut.strips,
                       [&](int64_t begin, int64_t end)
                           RF_INLINE { direct_tasks<DirectPlain<kIsa>>(g, o, cut, begin, end); });
+  });
+}
+
+void run_int8_linear(const LinearOperands& o) {
+  if (has_int8_vnni()) return int8_linear_vnni(o);
+  run_on_isa([&](auto isa) {
+    using K = DirectPlain<decltype(isa)::value>;
+    const int64_t blocks = (o.filters + K::kBlock - 1) / K::kBlock;
+    parallel_on<decltype(isa)::value>(
+        blocks, [&](int64_t begin, int64_t end) RF_INLINE { linear_tasks<K>(o, begin, end); });
   });
 }
 

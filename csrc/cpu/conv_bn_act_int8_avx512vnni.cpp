@@ -6,7 +6,7 @@
 // columns of a row of x are broadcast to all of them. 14 rows x 2 vectors of sums, 2 of weights and
 // the broadcast use 31 of the 32 registers.
 #include "band.h"
-#include "int8.h"
+#include "int8_linear.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -111,7 +111,8 @@ struct DirectVnni {
   using Packed = int8_t;
   static constexpr bool kFinishes = true;
   static constexpr int64_t kBlock = kPacked * kLanes, kPair = 4;
-  // A filter's weights are few bytes: one panel, and windows of any depth can be read out of a band.
+  // A filter's weights are few bytes: one panel, and windows of any depth can be read out of a
+  // band.
   static constexpr int64_t kDepth = int64_t(1) << 20, kBandRows = 7;
   static constexpr int kRows = kMaxRows;
   static constexpr int64_t kChain = std::numeric_limits<int64_t>::max();  // sums are exact
@@ -145,14 +146,20 @@ void pack_int8_vnni(const int8_t* from, int64_t filters, int64_t channels, int64
 
 void int8_vnni(const Geometry& g, const DirectOperands<uint8_t>& o) {
   if (reads_bands<DirectVnni>(g)) {
-    return parallel_on<Isa::avx512>(band_tasks<DirectVnni>(g), [&](int64_t begin, int64_t end) RF_INLINE {
-      direct_bands<DirectVnni>(g, o, begin, end);
-    });
+    return parallel_on<Isa::avx512>(band_tasks<DirectVnni>(g),
+                                    [&](int64_t begin, int64_t end)
+                                        RF_INLINE { direct_bands<DirectVnni>(g, o, begin, end); });
   }
   const DirectCut cut(g, DirectVnni::kBlock, worker_count());
   parallel_on<Isa::avx512>(g.groups * cut.chunks * cut.strips,
                            [&](int64_t begin, int64_t end)
                                RF_INLINE { direct_tasks<DirectVnni>(g, o, cut, begin, end); });
+}
+
+void int8_linear_vnni(const LinearOperands& o) {
+  const int64_t blocks = (o.filters + DirectVnni::kBlock - 1) / DirectVnni::kBlock;
+  parallel_on<Isa::avx512>(blocks, [&](int64_t begin, int64_t end)
+                                       RF_INLINE { linear_tasks<DirectVnni>(o, begin, end); });
 }
 
 }  // namespace resnet_fast::cpu
@@ -165,6 +172,7 @@ bool has_int8_vnni() { return false; }
 int64_t int8_vnni_packed_size(int64_t, int64_t, int64_t, int64_t) { return 0; }
 void pack_int8_vnni(const int8_t*, int64_t, int64_t, int64_t, int64_t, int8_t*) {}
 void int8_vnni(const Geometry&, const DirectOperands<uint8_t>&) {}
+void int8_linear_vnni(const LinearOperands&) {}
 
 }  // namespace resnet_fast::cpu
 

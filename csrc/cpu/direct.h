@@ -13,10 +13,10 @@
 // partial sums wait in the second-level cache. Where a pixel's window is one run of memory (1x1 at
 // stride 1) x itself is the panel.
 //
-// A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kDepth (of a
-// panel), kBandRows (lines of output that a task of band.h makes), kChain,
-// kFinishes (whether a tile can leave the registers finished), Packed (what a weight is kept as)
-// and multiply(count, rows, packed, depth, out, half of the block).
+// A kernel is a type with T, kBlock (NR), kRows, kPair (columns that one step consumes), kDepth (of
+// a panel), kBandRows (lines of output that a task of band.h makes), kChain, kFinishes (whether a
+// tile can leave the registers finished), Packed (what a weight is kept as) and multiply(count,
+// rows, packed, depth, out, half of the block).
 #pragma once
 
 #include <bit>

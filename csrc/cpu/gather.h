@@ -36,8 +36,8 @@ inline Window window_of(const Geometry& g, int64_t pixel) {
           h * g.stride[1] - g.padding[1], w * g.stride[2] - g.padding[2]};
 }
 
-// The windows of `count` neighbouring pixels. Only the first is found by division, which takes longer
-// than a pixel of a small product.
+// The windows of `count` neighbouring pixels. Only the first is found by division, which takes
+// longer than a pixel of a small product.
 inline void windows_of(const Geometry& g, int64_t pixel, int64_t count, Window* windows) {
   if (count == 0) return;
   Window at = window_of(g, pixel);
