@@ -309,7 +309,8 @@ def bench(
 
     torchvision's other classification networks (densenet121) run through accelerate().
     With int8, torchvision's network is quantised after training, by each engine in its own way on
-    the same images; the error is then the output's distance from fp64.
+    the same images, and compared with eager in fp32; the error is then the output's distance from
+    fp64.
     Each runs in a process of its own. Reports nothing and exits 1 when this package's output
     misses its error budget. A ratio above 1 means that the row is faster than what it is
     compared with.
@@ -348,7 +349,7 @@ def bench(
     for note in notes(result["rows"]):
         console.print(note, highlight=False, markup=False)
     if any(row.get("within_budget") is False for row in result["rows"]):
-        console.print("! this peer's output is outside the error budget", highlight=False)
+        console.print("! this peer's error is above its limit", highlight=False)
     facts = result["environment"]
     commit = f" at {facts['commit']}" if facts["commit"] else ""
     console.print(

@@ -149,7 +149,7 @@ def test_the_layers_are_one_native_call_with_the_same_bits():
             assert close(accelerated, model, x)
     text = str(explain(accelerated))
     assert "layers run as one native call at 3x32x32" in text
-    assert "8 bits for 15 of 15 sites, calibrated on 3 batches" in text
+    assert "8 bits for 15 of 15 sites and 1 linear layers, calibrated on 3 batches" in text
     assert {row["reason"] for row in explain(accelerated)} == {"INT8"}
 
 
@@ -366,3 +366,22 @@ def test_a_histogram_sees_every_channel():
     histogram.add(x)
     grid = histogram.grid()
     assert grid.scale * 255 > 15
+
+
+def test_the_head_is_in_bytes_and_follows_its_weights():
+    model = narrow()
+    accelerated = eight(model)
+    assert len(form(accelerated).linears) == 1
+    x = images(2, seed=5)
+    with torch.no_grad():
+        before = accelerated(x)
+        model.fc.weight.mul_(2)
+        model.fc.bias.data += 1
+        assert close(accelerated, model, x) and not torch.equal(accelerated(x), before)
+        accelerated.fc = nn.Linear(64, 3)
+        model.fc = accelerated.fc
+        assert accelerated(x).shape == (2, 3) and close(accelerated, model, x)
+        accelerated.fc = nn.Linear(64, 3).double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            accelerated(x)  # as the model itself
+    assert not any(m._forward_pre_hooks for m in model.modules())

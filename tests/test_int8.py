@@ -322,8 +322,66 @@ def test_fakes() -> None:
     torch.library.opcheck(OPS._int8_quantize.default, (x, 2.0, 3), test_utils="test_faketensor")
     q = int8.quantize(x, Grid(0.5, 3))
     torch.library.opcheck(OPS._int8_dequantize.default, (q, 2.0, 3), test_utils="test_faketensor")
+    torch.library.opcheck(OPS._int8_mean.default, (q, 2.0, 3), test_utils="test_faketensor")
+    weight, _ = int8.quantize_weight(torch.randn(8, 4, 1, 1))
+    one = torch.ones(8)
+    head = (torch.zeros(3, 4, dtype=torch.uint8), OPS._int8_weight(weight, 1), weight, one, one)
+    torch.library.opcheck(OPS._int8_linear.default, head, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_lower_instruction_sets(isa: str) -> None:
     rerun_below(isa, __file__)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7), (1, 130, 3, 5), (3, 5, 1, 1), (0, 4, 2, 2)])
+def test_means(shape: tuple[int, ...]) -> None:
+    q = torch.randint(0, 256, shape, dtype=torch.uint8)
+    grid = Grid(0.03, 17)
+    expected = (q.double() - grid.zero).mean((2, 3), keepdim=True) * grid.scale
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = int8.mean(q.contiguous(memory_format=layout), grid)
+        assert y.shape == (*shape[:2], 1, 1) and y.dtype is torch.float32
+        # Sums are exact; the result is rounded once.
+        allowed = torch.finfo(torch.float32).eps * expected.abs()
+        assert ((y.double() - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 13, 14, 15, 33])
+@pytest.mark.parametrize("features", [4, 64, 1028, 2048])
+@pytest.mark.parametrize("filters", [1, 31, 32, 100])
+def test_linear_layers(rows: int, features: int, filters: int) -> None:
+    generator = torch.Generator().manual_seed(rows + features + filters)
+    x = torch.rand(rows, features, generator=generator) * 3 - 1
+    weight = torch.randn(filters, features, generator=generator)
+    bias = torch.randn(filters, generator=generator)
+    grid = Grid(3 / 255, 85)
+    constants = int8.linear_constants(weight, bias, grid, torch.zeros(features))
+    y = int8.linear(x, grid, constants)
+    assert y.shape == (rows, filters)
+    q = int8.quantize(x[:, :, None, None], grid)[:, :, 0, 0]
+    q_weight, scale = int8.quantize_weight(weight[:, :, None, None])
+    real = (q.double() - grid.zero) * grid.scale
+    expected = real @ (q_weight[:, :, 0, 0].double() * scale[:, None]).T + bias.double()
+    size = real.abs() @ (q_weight[:, :, 0, 0].double().abs() * scale[:, None]).T + 1
+    offset = constants.shift.double().abs()
+    assert ((y.double() - expected).abs() <= 1e-6 * (size + offset)).all()
+
+
+def test_guards_of_the_head() -> None:
+    weight, _ = int8.quantize_weight(torch.randn(8, 6, 1, 1))
+    packed, one = OPS._int8_weight(weight, 1), torch.ones(8)
+    with pytest.raises(RuntimeError, match="a multiple of 4 channels"):
+        OPS._int8_linear(torch.zeros(1, 6, dtype=torch.uint8), packed, weight, one, one)
+    with pytest.raises(RuntimeError, match="x: expected a CPU tensor of uint8 with 2"):
+        OPS._int8_linear(torch.zeros(1, 6), packed, weight, one, one)
+    with pytest.raises(RuntimeError, match=r"weight: expected int8 of shape"):
+        OPS._int8_linear(torch.zeros(1, 8, dtype=torch.uint8), packed, weight, one, one)
+    weight, _ = int8.quantize_weight(torch.randn(8, 8, 1, 1))
+    x = torch.zeros(1, 8, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="packed: expected what"):
+        OPS._int8_linear(x, packed[:5], weight, one, one)
+    with pytest.raises(RuntimeError, match="scale: expected a dense"):
+        OPS._int8_linear(x, OPS._int8_weight(weight, 1), weight, one[:7], one)
+    with pytest.raises(RuntimeError, match="expected 1 to 2"):
+        OPS._int8_mean(torch.zeros(1, 4, 0, 3, dtype=torch.uint8), 1.0, 0)

@@ -28,7 +28,7 @@ class Unavailable(Exception):
 class Job:
     """What to run: a network, its weights and input, and the machine's share it may use.
 
-    With ``dtype`` int8, weights and input are fp32, and the engines that can quantise them.
+    With ``dtype`` int8 weights and input are fp32: the engine quantises the network by itself.
     """
 
     model: str
@@ -108,6 +108,11 @@ def _need_cuda(job: Job) -> None:
         raise Unavailable("runs on CUDA only")
 
 
+def _need_float(job: Job) -> None:
+    if job.int8:
+        raise Unavailable("does not quantise the network")
+
+
 def _need(module: str, pip_name: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise Unavailable(f"not installed (pip install {pip_name})")
@@ -165,13 +170,17 @@ def resnet_fast_layers(job: Job) -> Call:
 
 
 def eager(job: Job) -> Call:
-    """The reference network as torch runs it by default: eager, NCHW."""
+    """The reference network as torch runs it by default: eager, NCHW.
+
+    In fp32 where the others run on 8 bits: what they are compared with.
+    """
     model = job.reference().to(job.device, job.torch_dtype)
     return _inference(model, job.x.to(job.device))
 
 
 def eager_nhwc(job: Job) -> Call:
     """The reference network, eager, channels-last."""
+    _need_float(job)
     return _inference(*_channels_last(job, job.reference()))
 
 
@@ -182,6 +191,7 @@ def eager_graph(job: Job) -> Call:
 
 
 def _compiled(job: Job, **options: Any) -> Call:
+    _need_float(job)
     import torch._inductor.config as inductor
 
     inductor.freezing = True

@@ -134,7 +134,8 @@ def bench_model(
 ) -> list[dict[str, Any]]:
     """Time ``engines`` on network ``name`` at one batch size, in ``reps`` interleaved rounds.
 
-    With ``dtype`` int8 the engines that can quantise the fp32 network; the others run it as it is.
+    With ``dtype`` int8 each engine quantises the fp32 network, and eager runs it as it is. Errors
+    are then the outputs' distances from fp64, relative; beyond ``verify.BROKEN`` they are wrong.
     ``isolate=False`` keeps every engine in this process (see ``LocalWorker``).
 
     Returns one row an engine, unavailable ones included with the reason. Raises ``BenchError``
@@ -142,7 +143,7 @@ def bench_model(
     """
     verify.check_model_name(name, others=True)
     if dtype == "int8" and device != "cpu":
-        raise ArgumentError("dtype", "another than int8 on CUDA", dtype)
+        raise ArgumentError("dtype", "another than int8 on CUDA", repr(dtype))
     drawn_dtype = "fp32" if dtype == "int8" else dtype
     verify.dtype_from_name(drawn_dtype)
     _check_engines(engines)

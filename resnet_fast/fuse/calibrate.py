@@ -10,7 +10,7 @@ the same way).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +95,19 @@ class Observed:
     pixels: dict[str, int] = field(default_factory=dict)
 
     def means(self, path: str) -> Tensor:
-        """The mean of each channel of a site's input, fp32."""
+        """The mean of each channel of a site's input, or of a linear layer's features, fp32."""
         return (self.sums[path] / self.pixels[path]).float()
+
+    def add_means(self, path: str, x: Tensor) -> None:
+        """Enter the input of a site (N C H W) or of a linear layer (N C)."""
+        total = x.detach().sum([d for d in range(x.dim()) if d != 1], dtype=torch.float64)
+        self.sums[path] = self.sums.get(path, 0) + total
+        self.pixels[path] = self.pixels.get(path, 0) + x.numel() // x.shape[1]
+
+
+def linear_path(step: Step) -> str:
+    """What the linear layer of ``step`` is known by among the means: no module's path."""
+    return f"#{step.out}"
 
 
 class Observer:
@@ -128,11 +139,19 @@ class Observer:
                 self._note(ref.slot, value)
         self._note(step.out, y)
         if x.dim() == 4:
-            total = x.detach().sum((0, 2, 3), dtype=torch.float64)
-            self.found.sums[target.path] = self.found.sums.get(target.path, 0) + total
-            pixels = x.numel() // x.shape[1]
-            self.found.pixels[target.path] = self.found.pixels.get(target.path, 0) + pixels
+            self.found.add_means(target.path, x)
         return y
+
+    def linear(self, step: Step) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """A hook before the linear layer of ``step``, which notes its features."""
+
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if isinstance(x, Tensor) and x.dim() == 2 and x.dtype is torch.float32:
+                self._note(step.args[0].slot, x)
+                self.found.add_means(linear_path(step), x)
+
+        return note
 
     def _note(self, slot: int, value: Tensor) -> None:
         if value.numel():
@@ -141,13 +160,17 @@ class Observer:
 
 
 def observe(
-    model: nn.Module, observers: list[tuple[Program, Observer]], calibration: Iterable[Any]
+    model: nn.Module,
+    observers: list[tuple[Program, Observer]],
+    linears: list[tuple[nn.Module, Step, Observer]],
+    calibration: Iterable[Any],
 ) -> int:
     """Run ``model`` in eval on every batch, the sites of the programs by their observers.
 
     Args:
         model: the accelerated model.
         observers: of each of its programs.
+        linears: their linear layers, with the step and the observer of each.
         calibration: batches: a tensor, a dict of keyword arguments, or a tuple or list of
             positional ones, of which those that ``forward`` has no parameter for (labels) are left
             out.
@@ -163,6 +186,7 @@ def observe(
     with untouched_rng(), torch.no_grad(), mode(model, False):
         for program, observer in observers:
             program.observe = observer
+        hooks = [m.register_forward_pre_hook(seen.linear(step)) for m, step, seen in linears]
         try:
             for batch in calibration:
                 args, kwargs = _call(model, batch)
@@ -177,6 +201,8 @@ def observe(
                     ) from error
                 count += 1
         finally:
+            for hook in hooks:
+                hook.remove()
             for program, _ in observers:
                 program.observe = None
     if count == 0:

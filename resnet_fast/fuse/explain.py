@@ -190,8 +190,8 @@ def _calls(model: nn.Module) -> list[str]:
             chains += [] if state.graphs is None else [state.graphs]
     lines += [line for known in chains for line in known.lines()]
     lines += [
-        f"8 bits for {len(form.means)} of {len(form.means) + len(form.refused)} sites, "
-        f"calibrated on {form.batches} batches"
+        f"8 bits for {len(form.means)} of {len(form.means) + len(form.refused)} sites and "
+        f"{len(form.linears)} linear layers, calibrated on {form.batches} batches"
         for form in eight
     ]
     for path, module in model.named_modules():

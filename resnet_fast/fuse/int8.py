@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.fuse.calibrate import Observed
+from resnet_fast.fuse.calibrate import Observed, linear_path
 from resnet_fast.fuse.capture import is_hooked
 from resnet_fast.fuse.match import module_activation, norm_refusal
 from resnet_fast.fuse.prefix import Prefix
@@ -57,6 +58,7 @@ class Int8:
     Attributes:
         grids: by slot, of every value that is made or read as bytes.
         means: by path of the convolution, of its input's channels.
+        linears: by the slot of its result, of a linear layer's features.
         batches: how many the calibration had.
         refused: by path, why a site runs in fp32 all the same.
     """
@@ -65,6 +67,7 @@ class Int8:
     means: dict[str, Tensor]
     batches: int
     refused: dict[str, str]
+    linears: dict[int, Tensor] = field(default_factory=dict)
     _known: dict[str, dict[Any, Prepared]] = field(default_factory=dict)
     _ran: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _prefix: Prefix = field(default_factory=Prefix)
@@ -85,7 +88,9 @@ class Int8:
         self, program: Program, modules: list[nn.Module], inputs: list[Any]
     ) -> tuple[bool, list[Any]]:
         """The program's slots after a run on bytes; False where this call is not for bytes."""
-        if torch.compiler.is_compiling() or not inputs or not all(map(_may_run, inputs)):
+        if torch.compiler.is_compiling() or modules[0].training:
+            return False, []
+        if not inputs or not all(map(_may_run, inputs)):
             return False, []
         slots: list[Any] = [*inputs, *([None] * (program.size - len(inputs)))]
         layout = all(value.is_contiguous() for value in inputs)
@@ -165,7 +170,11 @@ class Int8:
                 slots[step.out] = slots[step.args[0].slot]
                 _drop(step, slots)
                 continue
-            elif self._pools(step, modules, slots):
+            elif (
+                self._pools(step, modules, slots)
+                or self._means(step, modules, slots)
+                or self._linear(step, modules, slots)
+            ):
                 _drop(step, slots)
                 continue
             for slot in reads_of(step):
@@ -198,6 +207,40 @@ class Int8:
         if recorder is not None:
             recorder.max_pool(module, x.q, y)
         slots[step.out] = Bytes(y, x.grid)
+        return True
+
+    @staticmethod
+    def _means(step: Step, modules: list[nn.Module], slots: list[Any]) -> bool:
+        """Run an average pooling to one pixel on bytes; its result is in fp32."""
+        x = slots[step.args[0].slot] if step.args and isinstance(step.args[0], Ref) else None
+        if not isinstance(x, Bytes) or step.kwargs:
+            return False
+        if step.kind == "module":
+            module: Any = modules[step.target.container]._modules[step.target.name]
+            if type(module) is not nn.AdaptiveAvgPool2d or is_hooked(module):
+                return False
+            size = module.output_size if len(step.args) == 1 else None
+        elif step.kind == "function" and step.target is F.adaptive_avg_pool2d:
+            size = step.args[1] if len(step.args) == 2 else None
+        else:
+            return False
+        if size != 1 and (not isinstance(size, (tuple, list)) or tuple(size) != (1, 1)):
+            return False
+        slots[step.out] = int8.mean(x.q, x.grid)
+        return True
+
+    def _linear(self, step: Step, modules: list[nn.Module], slots: list[Any]) -> bool:
+        """Run a linear layer on the features that were calibrated."""
+        means = self.linears.get(step.out)
+        x = None if means is None else slots[step.args[0].slot]
+        if means is None or not isinstance(x, Tensor) or x.dim() != 2:
+            return False
+        module: Any = modules[step.target.container]._modules[step.target.name]
+        if not _is_plain_linear(module, x) or module.in_features != means.numel():
+            return False
+        grid = self.grids[step.args[0].slot]
+        constants = int8.linear_constants(module.weight, module.bias, grid, means)
+        slots[step.out] = int8.linear(x, grid, constants)
         return True
 
     def _site(self, step: Step, modules: list[nn.Module], slots: list[Any]) -> bool:
@@ -286,6 +329,30 @@ def _is_as_matched(target: SiteTarget, conv: Any, bn: Any, act: Any) -> bool:
     )
 
 
+def _is_plain_linear(module: Any, x: Tensor) -> bool:
+    return (
+        type(module) is nn.Linear
+        and not is_hooked(module)
+        and all(
+            t is None or (t.device.type == "cpu" and t.dtype is torch.float32)
+            for t in (x, module.weight, module.bias)
+        )
+    )
+
+
+def linear_steps(program: Program, modules: list[nn.Module]) -> list[tuple[nn.Module, Step]]:
+    """The linear layers that can run on 8 bits, with their steps."""
+    found: list[tuple[nn.Module, Step]] = []
+    for step in program.steps:
+        if step.kind != "module" or len(step.args) != 1 or step.kwargs:
+            continue
+        module: Any = modules[step.target.container]._modules[step.target.name]
+        plain = type(module) is nn.Linear and isinstance(step.args[0], Ref)
+        if plain and int8.fits_linear(module.in_features):
+            found.append((module, step))
+    return found
+
+
 def same_grid(program: Program, modules: list[nn.Module]) -> dict[int, int]:
     """By slot, the slot whose grid it has: through max pooling and steps that hand values on."""
     same: dict[int, int] = {}
@@ -331,4 +398,9 @@ def quantized(program: Program, modules: list[nn.Module], found: Observed, batch
             refused[path] = why
         else:
             means[path] = found.means(path)
-    return Int8(grids, means, batches, refused)
+    linears = {
+        step.out: found.means(linear_path(step))
+        for _, step in linear_steps(program, modules)
+        if linear_path(step) in found.sums
+    }
+    return Int8(grids, means, batches, refused, linears)

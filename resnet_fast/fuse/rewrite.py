@@ -27,7 +27,7 @@ from resnet_fast.fuse.capture import (
     copy_tree,
     is_fused_already,
 )
-from resnet_fast.fuse.int8 import quantized, same_grid
+from resnet_fast.fuse.int8 import linear_steps, quantized, same_grid
 from resnet_fast.fuse.match import Match, Matcher, call_counts
 from resnet_fast.fuse.program import Program
 from resnet_fast.fuse.verify import compare
@@ -312,16 +312,19 @@ def _check_int8(model: nn.Module, dtype: Any, calibration: Any) -> None:
 
 def _calibrate(root: nn.Module, state: Acceleration, calibration: Iterable[Any]) -> None:
     """Observe the programs of eval on ``calibration``, and give each its 8-bit form."""
-    observers = []
+    observers, linears = [], []
     for path in state.units:
         unit = root.get_submodule(path)
         program = unit.__dict__[STATE].programs.get(False)
         if program is not None:
             modules = program.modules(unit)
-            observers.append((program, modules, Observer(program, same_grid(program, modules))))
+            seen = Observer(program, same_grid(program, modules))
+            observers.append((program, modules, seen))
+            linears += [(m, step, seen) for m, step in linear_steps(program, modules)]
     if not observers:
         raise AccelerateError(_why_nothing(state))
-    batches = observe(root, [(program, seen) for program, _, seen in observers], calibration)
+    programs = [(program, seen) for program, _, seen in observers]
+    batches = observe(root, programs, linears, calibration)
     forms = [quantized(p, modules, seen.found, batches) for p, modules, seen in observers]
     if not any(form.means for form in forms):
         reasons = dict.fromkeys(why for form in forms for why in form.refused.values())

@@ -79,6 +79,47 @@ def dequantize(q: Tensor, grid: Grid) -> Tensor:
     return torch.ops.resnet_fast._int8_dequantize(q, grid.scale, grid.zero)
 
 
+def mean(q: Tensor, grid: Grid) -> Tensor:
+    """The mean over each image of what ``q`` (uint8, N C H W) stands for: fp32, N C 1 1."""
+    return torch.ops.resnet_fast._int8_mean(q, grid.scale, grid.zero)
+
+
+class Linear(NamedTuple):
+    """What an 8-bit linear layer takes beside its input; the result is fp32."""
+
+    packed: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def linear_constants(weight: Tensor, bias: Tensor | None, x: Grid, x_mean: Tensor) -> Linear:
+    """``weight`` (K C) and ``bias`` for an input on ``x``, kept for as long as they stay so.
+
+    ``x_mean`` is the mean of each feature, as :func:`derive` takes it.
+    """
+
+    def build() -> Linear:
+        wide = weight.detach()[:, :, None, None]
+        made = derive(
+            wide, bias, None, None, None, None, 0.0, 1, "none", x, None, Grid(1.0, 0), x_mean
+        )
+        return Linear(made.packed, made.weight, made.scale, made.shift)
+
+    return cached(("int8 linear", x), (weight, bias, x_mean), build)
+
+
+def linear(x: Tensor, grid: Grid, constants: Linear) -> Tensor:
+    """The layer for ``x`` (fp32, N C), which is put on ``grid``: fp32, N K."""
+    q = quantize(x[:, :, None, None], grid)[:, :, 0, 0]
+    return torch.ops.resnet_fast._int8_linear(q, *constants)
+
+
+def fits_linear(features: int) -> bool:
+    """Whether an 8-bit linear layer takes so many features: whole fours, and 32-bit sums."""
+    return features % 4 == 0 and features <= MAX_DEPTH
+
+
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values in -127 to 127 (K C/g R S) and the scale of each filter (K, fp64)."""
     wide = weight.detach().double()
@@ -238,6 +279,16 @@ if available():
     @torch.library.register_fake("resnet_fast::_int8_dequantize")
     def _fake_dequantize(x: Tensor, scale: float, zero: int) -> Tensor:
         return x.new_empty(x.shape, dtype=torch.float32).to(memory_format=torch.channels_last)
+
+    @torch.library.register_fake("resnet_fast::_int8_mean")
+    def _fake_mean(x: Tensor, scale: float, zero: int) -> Tensor:
+        return x.new_empty((*x.shape[:2], 1, 1), dtype=torch.float32)
+
+    @torch.library.register_fake("resnet_fast::_int8_linear")
+    def _fake_linear(
+        x: Tensor, packed: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
+    ) -> Tensor:
+        return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
 
     @torch.library.register_fake("resnet_fast::_int8_quantize")
     def _fake_quantize(x: Tensor, inverse: float, zero: int) -> Tensor:
