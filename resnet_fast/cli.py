@@ -349,7 +349,7 @@ def bench(
     for note in notes(result["rows"]):
         console.print(note, highlight=False, markup=False)
     if any(row.get("within_budget") is False for row in result["rows"]):
-        console.print("! this peer's error is above its limit", highlight=False)
+        console.print("! this peer's output is outside the error budget", highlight=False)
     facts = result["environment"]
     commit = f" at {facts['commit']}" if facts["commit"] else ""
     console.print(

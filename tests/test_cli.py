@@ -98,7 +98,7 @@ def test_bad_input(
     (
         ("--batch", ("0", "-1"), "'batch': expected at least 1"),
         ("--size", ("1", "0", "-1"), "'size': expected at least 16"),
-        ("--dtype", ("int8", "torch.float8_e5m2", ""), "'dtype': expected one of fp32, bf16, fp16"),
+        ("--dtype", ("int4", "torch.float8_e5m2", ""), "'dtype': expected one of fp32, bf16, fp16"),
         ("--device", ("tpu",), "'device': expected cpu"),
         ("--size", ("big", "64x64"), "--size"),
     ),

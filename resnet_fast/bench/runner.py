@@ -135,7 +135,7 @@ def bench_model(
     """Time ``engines`` on network ``name`` at one batch size, in ``reps`` interleaved rounds.
 
     With ``dtype`` int8 each engine quantises the fp32 network, and eager runs it as it is. Errors
-    are then the outputs' distances from fp64, relative; beyond ``verify.BROKEN`` they are wrong.
+    are then the outputs' distances from fp64, relative; one beyond ``verify.BROKEN`` fails.
     ``isolate=False`` keeps every engine in this process (see ``LocalWorker``).
 
     Returns one row an engine, unavailable ones included with the reason. Raises ``BenchError``

@@ -124,6 +124,9 @@ class Worker:
         # What 8 bits lose is a figure to report; the budget is for those who keep the dtype.
         judge = verify.check_distance if job.int8 else verify.check_output
         check = judge(problem, output, request["engine"])
+        if job.int8 and not check.ok:
+            wrong = check.detail or f"{check.error:.3g} of fp64's norm away (limit {check.limit})"
+            return {"failed": f"the output is broken: {wrong}"}
         self.build_peak = _memory_mb()
         _reset_peak()
         return {
