@@ -25,7 +25,15 @@ def calibration(job: Job) -> list[torch.Tensor]:
 
 
 def onnx_model(job: Job, folder: str) -> str:
-    """The path of the network as ONNX Runtime quantises it: static, QDQ, each channel apart."""
+    """The path of the job's network as ONNX Runtime quantises it."""
+    return quantized_onnx(job.reference(), calibration(job), folder)
+
+
+def quantized_onnx(model: torch.nn.Module, batches: list[torch.Tensor], folder: str) -> str:
+    """The path, in ``folder``, of ``model`` as ONNX Runtime quantises it on ``batches``.
+
+    Static, QDQ, each filter apart; the input is called ``x``, of any batch.
+    """
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -36,7 +44,7 @@ def onnx_model(job: Job, folder: str) -> str:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter(calibration(job))
+            self.batches = iter(batches)
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self.batches, None)
@@ -44,8 +52,8 @@ def onnx_model(job: Job, folder: str) -> str:
 
     raw, inferred, done = (str(Path(folder) / f"{name}.onnx") for name in ("raw", "inferred", "q"))
     torch.onnx.export(
-        job.reference(),
-        (job.x,),
+        model,
+        (batches[0],),
         raw,
         dynamo=False,
         input_names=["x"],
