@@ -385,3 +385,14 @@ def test_the_head_is_in_bytes_and_follows_its_weights():
         with pytest.raises(RuntimeError, match="dtype"):
             accelerated(x)  # as the model itself
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_linear_layer_that_fails_its_verification_runs_in_fp32(monkeypatch):
+    from resnet_fast.fuse import int8 as module
+
+    model = narrow()
+    accelerated = eight(model)
+    monkeypatch.setattr(module.int8, "linear_deviation", lambda *_: float("nan"))
+    assert close(accelerated, model, images(2, seed=5))
+    assert form(accelerated).linears == {}
+    assert "and 0 linear layers" in str(explain(accelerated))

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.fuse.calibrate import Observed, linear_path
 from resnet_fast.fuse.capture import is_hooked
 from resnet_fast.fuse.match import module_activation, norm_refusal
 from resnet_fast.fuse.prefix import Prefix
@@ -71,9 +70,11 @@ class Int8:
     _known: dict[str, dict[Any, Prepared]] = field(default_factory=dict)
     _ran: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _prefix: Prefix = field(default_factory=Prefix)
+    #: By slot, the constants that a linear layer was verified with.
+    _checked: dict[int, int8.Linear] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_known": {}, "_ran": {}, "_prefix": Prefix()}
+        return self.__dict__ | {"_known": {}, "_ran": {}, "_prefix": Prefix(), "_checked": {}}
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         """The input's shape that a site last ran on as bytes with, or None."""
@@ -104,7 +105,7 @@ class Int8:
         if taken is not None:
             count, q = taken
             out = program.steps[count - 1].out
-            slots[out] = Bytes(q, self._grid_of(program.steps[:count], out))
+            slots[out] = Bytes(q, self.grids[out])
             self._steps(program, program.steps[count:], modules, slots, layout)
             return True, slots
         slots[0] = first
@@ -114,12 +115,6 @@ class Int8:
         else:
             self._record(program, recorder, modules, slots, layout)
         return True, slots
-
-    def _grid_of(self, steps: list[Step], slot: int) -> Grid:
-        for step in reversed(steps):
-            if step.out == slot and slot not in self.grids:
-                return self._grid_of(steps, step.args[0].slot)
-        return self.grids[slot]
 
     def _record(
         self,
@@ -134,7 +129,7 @@ class Int8:
         ran, count, value = 0, 0, None
         with recorder():
             for step in program.steps[: program.cuts[-1]]:
-                passes = self._passes(step, modules)
+                passes = self.passes(step, modules)
                 before = len(recorder)
                 self._steps(program, [step], modules, slots, layout)
                 ran += 1
@@ -166,7 +161,7 @@ class Int8:
                 if self._site(step, modules, slots):
                     _drop(step, slots)
                     continue
-            elif self._passes(step, modules):
+            elif self.passes(step, modules):
                 slots[step.out] = slots[step.args[0].slot]
                 _drop(step, slots)
                 continue
@@ -183,7 +178,7 @@ class Int8:
             program._run_steps([step], modules, slots, layout)
 
     @staticmethod
-    def _passes(step: Step, modules: list[nn.Module]) -> bool:
+    def passes(step: Step, modules: list[nn.Module]) -> bool:
         """Whether a step hands bytes on as they are."""
         if step.kind != "module" or len(step.args) != 1 or step.kwargs:
             return False
@@ -240,6 +235,11 @@ class Int8:
             return False
         grid = self.grids[step.args[0].slot]
         constants = int8.linear_constants(module.weight, module.bias, grid, means)
+        if self._checked.get(step.out) is not constants:
+            if not int8.linear_deviation(x[:_IMAGES], grid, constants) <= 1:
+                del self.linears[step.out]  # explain() counts one less
+                return False
+            self._checked[step.out] = constants
         slots[step.out] = int8.linear(x, grid, constants)
         return True
 
@@ -338,69 +338,3 @@ def _is_plain_linear(module: Any, x: Tensor) -> bool:
             for t in (x, module.weight, module.bias)
         )
     )
-
-
-def linear_steps(program: Program, modules: list[nn.Module]) -> list[tuple[nn.Module, Step]]:
-    """The linear layers that can run on 8 bits, with their steps."""
-    found: list[tuple[nn.Module, Step]] = []
-    for step in program.steps:
-        if step.kind != "module" or len(step.args) != 1 or step.kwargs:
-            continue
-        module: Any = modules[step.target.container]._modules[step.target.name]
-        plain = type(module) is nn.Linear and isinstance(step.args[0], Ref)
-        if plain and int8.fits_linear(module.in_features):
-            found.append((module, step))
-    return found
-
-
-def same_grid(program: Program, modules: list[nn.Module]) -> dict[int, int]:
-    """By slot, the slot whose grid it has: through max pooling and steps that hand values on."""
-    same: dict[int, int] = {}
-    for step in program.steps:
-        ref = step.args[0] if len(step.args) == 1 and isinstance(step.args[0], Ref) else None
-        if ref is None:
-            continue
-        pools = step.kind == "module" and isinstance(
-            modules[step.target.container]._modules[step.target.name], nn.MaxPool2d
-        )
-        if pools or Int8._passes(step, modules):
-            same[step.out] = same.get(ref.slot, ref.slot)
-    return same
-
-
-def refusal(conv: Any) -> str | None:
-    """Why a convolution stays in fp32 among 8-bit ones, or None."""
-    if not isinstance(conv, nn.Conv2d):
-        return "8 bits are for two spatial dimensions"
-    if conv.weight[0].numel() > int8.MAX_DEPTH:
-        return f"more than {int8.MAX_DEPTH} values a filter"
-    return None
-
-
-def quantized(program: Program, modules: list[nn.Module], found: Observed, batches: int) -> Int8:
-    """The 8-bit form of ``program``, from what its calibration showed."""
-    same = same_grid(program, modules)
-    grids = {slot: histogram.grid() for slot, histogram in found.values.items()}
-    for slot, home in same.items():
-        if home in grids:
-            grids[slot] = grids[home]
-    refused: dict[str, str] = {}
-    means: dict[str, Tensor] = {}
-    for step in program.steps:
-        if step.kind != "site":
-            continue
-        path = step.target.path
-        why = refusal(modules[step.target.conv.container]._modules[step.target.conv.name])
-        slots = [step.out, *(ref.slot for ref in step.args if isinstance(ref, Ref))]
-        if why is None and (path not in found.sums or any(slot not in grids for slot in slots)):
-            why = "no batch of the calibration reached it"
-        if why is not None:
-            refused[path] = why
-        else:
-            means[path] = found.means(path)
-    linears = {
-        step.out: found.means(linear_path(step))
-        for _, step in linear_steps(program, modules)
-        if linear_path(step) in found.sums
-    }
-    return Int8(grids, means, batches, refused, linears)

@@ -27,7 +27,7 @@ from resnet_fast.fuse.capture import (
     copy_tree,
     is_fused_already,
 )
-from resnet_fast.fuse.int8 import linear_steps, quantized, same_grid
+from resnet_fast.fuse.grids import linear_steps, quantized, same_grid
 from resnet_fast.fuse.match import Match, Matcher, call_counts
 from resnet_fast.fuse.program import Program
 from resnet_fast.fuse.verify import compare

@@ -115,6 +115,16 @@ def linear(x: Tensor, grid: Grid, constants: Linear) -> Tensor:
     return torch.ops.resnet_fast._int8_linear(q, *constants)
 
 
+def linear_deviation(x: Tensor, grid: Grid, constants: Linear) -> float:
+    """How far :func:`linear` is from fp64 at ``x``, in units of what rounding allows."""
+    q = quantize(x[:, :, None, None], grid)[:, :, 0, 0].double()
+    product = q @ constants.weight[:, :, 0, 0].double().T * constants.scale.double()
+    shift = constants.shift.double()
+    error = (linear(x, grid, constants).double() - product - shift).abs()
+    allowed = 4 * torch.finfo(torch.float32).eps * (product.abs() + shift.abs())
+    return float((error / allowed.clamp(min=1e-30)).max()) if error.numel() else 0.0
+
+
 def fits_linear(features: int) -> bool:
     """Whether an 8-bit linear layer takes so many features: whole fours, and 32-bit sums."""
     return features % 4 == 0 and features <= MAX_DEPTH
