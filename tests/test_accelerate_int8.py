@@ -396,3 +396,19 @@ def test_a_linear_layer_that_fails_its_verification_runs_in_fp32(monkeypatch):
     assert close(accelerated, model, images(2, seed=5))
     assert form(accelerated).linears == {}
     assert "and 0 linear layers" in str(explain(accelerated))
+
+
+def test_what_is_handed_on_and_written_to_is_still_the_same_memory():
+    class Sharing(Block):
+        def __init__(self):
+            super().__init__()
+            self.same = nn.Identity()
+
+        def forward(self, x):
+            x = self.relu(self.norm(self.a(x)))
+            y = self.same(x)
+            y.add_(1)
+            return self.relu(self.b(x)) + self.relu(self.c(y))
+
+    model = tiny(Sharing())
+    assert close(eight(model), model, images(2, 32, seed=9), 0.05)

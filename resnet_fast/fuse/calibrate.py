@@ -9,6 +9,7 @@ the same way).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -220,8 +221,6 @@ def _call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]
 
 def _positional(model: nn.Module) -> int:
     """How many positional arguments ``forward`` needs."""
-    import inspect
-
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)

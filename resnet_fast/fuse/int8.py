@@ -161,7 +161,8 @@ class Int8:
                 if self._site(step, modules, slots):
                     _drop(step, slots)
                     continue
-            elif self.passes(step, modules):
+            elif self.passes(step, modules) and step.args[0].slot in step.free:
+                # One that is read again shares memory with what is handed on: both in fp32.
                 slots[step.out] = slots[step.args[0].slot]
                 _drop(step, slots)
                 continue
