@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from resnet_fast.fuse.calibrate import Observed, linear_path
+from resnet_fast.errors import AccelerateError, ArgumentError
+from resnet_fast.fuse.calibrate import Observed, Observer, linear_path, observe
 from resnet_fast.fuse.int8 import Int8
 from resnet_fast.fuse.program import Program
 from resnet_fast.fuse.steps import Ref, Step
 from resnet_fast.ops import conv_bn_act_int8 as int8
+from resnet_fast.ops._checks import require_op
 
 
 def linear_steps(program: Program, modules: list[nn.Module]) -> list[tuple[nn.Module, Step]]:
@@ -77,3 +81,51 @@ def quantized(program: Program, modules: list[nn.Module], found: Observed, batch
         if linear_path(step) in found.sums
     }
     return Int8(grids, means, batches, refused, linears)
+
+
+def quantize_(
+    root: nn.Module, programs: list[tuple[Program, nn.Module]], calibration: Iterable[Any]
+) -> None:
+    """Give each of ``programs`` its 8-bit form, all of them or none.
+
+    Args:
+        root: the model that is run on ``calibration``.
+        programs: those of eval, each with the module that it was traced from.
+        calibration: batches, as :func:`resnet_fast.fuse.calibrate.observe` takes them.
+
+    Raises:
+        AccelerateError: if no site can run on 8 bits, or the calibration fails.
+    """
+    observers, linears = [], []
+    for program, unit in programs:
+        modules = program.modules(unit)
+        seen = Observer(program, same_grid(program, modules))
+        observers.append((program, modules, seen))
+        linears += [(module, step, seen) for module, step in linear_steps(program, modules)]
+    batches = observe(
+        root, [(program, seen) for program, _, seen in observers], linears, calibration
+    )
+    forms = [quantized(p, modules, seen.found, batches) for p, modules, seen in observers]
+    if not any(form.means for form in forms):
+        reasons = dict.fromkeys(why for form in forms for why in form.refused.values())
+        raise AccelerateError(f"no site can run on 8 bits: {'; '.join(reasons)}")
+    for (program, _), form in zip(programs, forms, strict=True):
+        program.int8 = form
+
+
+def check_quantization(model: nn.Module, dtype: Any, calibration: Any) -> None:
+    """Raise for what ``accelerate`` cannot quantise; its docstring lists the errors."""
+    if dtype not in (None, "int8"):
+        raise ArgumentError("dtype", '"int8" or None', repr(dtype))
+    if dtype is None:
+        if calibration is not None:
+            raise ArgumentError("calibration", 'None without dtype="int8"', "batches")
+        return
+    if calibration is None or not isinstance(calibration, Iterable):
+        raise ArgumentError("calibration", "an iterable of batches", type(calibration).__name__)
+    for name, tensor in model.named_parameters():
+        if tensor.device.type != "cpu" or tensor.dtype is not torch.float32:
+            found = f"{name} in {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+            raise ArgumentError("model", 'parameters in fp32 on the CPU with dtype="int8"', found)
+    if not int8.available():
+        require_op("_int8_conv")

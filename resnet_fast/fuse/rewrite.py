@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.errors import AccelerateError, ArgumentError
-from resnet_fast.fuse.calibrate import Observer, observe
 from resnet_fast.fuse.capture import (
     SITE_CHILD,
     STATE,
@@ -27,14 +26,12 @@ from resnet_fast.fuse.capture import (
     copy_tree,
     is_fused_already,
 )
-from resnet_fast.fuse.grids import linear_steps, quantized, same_grid
+from resnet_fast.fuse.grids import check_quantization, quantize_
 from resnet_fast.fuse.match import Match, Matcher, call_counts
 from resnet_fast.fuse.program import Program
 from resnet_fast.fuse.verify import compare
 from resnet_fast.nn.graphs import Replays
 from resnet_fast.nn.site import FusedSite
-from resnet_fast.ops import conv_bn_act_int8
-from resnet_fast.ops._checks import require_op
 from resnet_fast.plan import Plan, set_plan, use
 
 
@@ -252,7 +249,7 @@ def accelerate(
         raise AccelerateError("a scripted module has no Python forward: accelerate its source")
     if type(model).__module__.startswith("torch._dynamo"):
         raise AccelerateError("the module is compiled: accelerate first, then torch.compile")
-    _check_int8(model, dtype, calibration)
+    check_quantization(model, dtype, calibration)
     origin = _original(model)
     root, pairs = copy_tree(origin)
     captured = capture(root)
@@ -287,50 +284,20 @@ def accelerate(
     if strict and not any(r.reason in ("FUSED", "ALREADY_FUSED") for r in state.reports.values()):
         raise AccelerateError(_why_nothing(state))
     if calibration is not None:
-        _calibrate(root, state, calibration)
+        _quantize(root, state, calibration)
     if plan is not None:
         set_plan(plan)
     return root
 
 
-def _check_int8(model: nn.Module, dtype: Any, calibration: Any) -> None:
-    if dtype not in (None, "int8"):
-        raise ArgumentError("dtype", '"int8" or None', repr(dtype))
-    if dtype is None:
-        if calibration is not None:
-            raise ArgumentError("calibration", 'None without dtype="int8"', "batches")
-        return
-    if calibration is None or not isinstance(calibration, Iterable):
-        raise ArgumentError("calibration", "an iterable of batches", type(calibration).__name__)
-    for name, tensor in model.named_parameters():
-        if tensor.device.type != "cpu" or tensor.dtype is not torch.float32:
-            found = f"{name} in {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-            raise ArgumentError("model", 'parameters in fp32 on the CPU with dtype="int8"', found)
-    if not conv_bn_act_int8.available():
-        require_op("_int8_conv")
-
-
-def _calibrate(root: nn.Module, state: Acceleration, calibration: Iterable[Any]) -> None:
-    """Observe the programs of eval on ``calibration``, and give each its 8-bit form."""
-    observers, linears = [], []
-    for path in state.units:
-        unit = root.get_submodule(path)
-        program = unit.__dict__[STATE].programs.get(False)
-        if program is not None:
-            modules = program.modules(unit)
-            seen = Observer(program, same_grid(program, modules))
-            observers.append((program, modules, seen))
-            linears += [(m, step, seen) for m, step in linear_steps(program, modules)]
-    if not observers:
+def _quantize(root: nn.Module, state: Acceleration, calibration: Iterable[Any]) -> None:
+    """Give the programs of eval their 8-bit forms."""
+    units = [root.get_submodule(path) for path in state.units]
+    programs = [(unit.__dict__[STATE].programs.get(False), unit) for unit in units]
+    found = [(program, unit) for program, unit in programs if program is not None]
+    if not found:
         raise AccelerateError(_why_nothing(state))
-    programs = [(program, seen) for program, _, seen in observers]
-    batches = observe(root, programs, linears, calibration)
-    forms = [quantized(p, modules, seen.found, batches) for p, modules, seen in observers]
-    if not any(form.means for form in forms):
-        reasons = dict.fromkeys(why for form in forms for why in form.refused.values())
-        raise AccelerateError(f"no site can run on 8 bits: {'; '.join(reasons)}")
-    for (program, _, _), form in zip(observers, forms, strict=True):
-        program.int8 = form
+    quantize_(root, found, calibration)
 
 
 def undo(accelerated: nn.Module) -> nn.Module:
