@@ -48,6 +48,17 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _threads_stay() -> Iterator[None]:
+    """A test that leaves torch another number of threads fails itself, not one that comes later:
+    with one thread torch's convolutions choose other algorithms, of other errors."""
+    before = torch.get_num_threads()
+    yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before, f"the test leaves torch {after} threads, and found {before}"
+
+
 @pytest.fixture
 def no_grad() -> Iterator[None]:
     """No gradients are recorded, as where a network is only used."""

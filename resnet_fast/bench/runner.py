@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,7 @@ def bench_model(
     threads = threads or default_threads()
     job = {"device": device, "threads": threads}
     what = f"{name} {dtype} batch {batch}"
-    before = plan.active_plan()
-    with tempfile.TemporaryDirectory(prefix="resnet_fast_bench_") as folder:
+    with _process_as_it_was(), tempfile.TemporaryDirectory(prefix="resnet_fast_bench_") as folder:
         path = str(Path(folder) / "problem.pt")
         workers: list[WorkerProcess | LocalWorker] = []
 
@@ -198,8 +197,6 @@ def bench_model(
         finally:
             for worker in workers:
                 worker.close()
-            if plan.active_plan() is not before:
-                plan.set_plan(before)
     case = {
         "model": name,
         "batch": batch,
@@ -210,6 +207,22 @@ def bench_model(
         "reference": problem["reference"],
     }
     return summarise(case, [(w.engine, w.samples, w.info) for w in workers])
+
+
+@contextlib.contextmanager
+def _process_as_it_was() -> Iterator[None]:
+    """Engines that share this process set its threads, cuDNN's search and the plan in force."""
+    import torch
+
+    before = plan.active_plan()
+    threads, search = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = search
+        if plan.active_plan() is not before:
+            plan.set_plan(before)
 
 
 def _check_engines(names: Iterable[str]) -> None:
