@@ -20,6 +20,8 @@ from torch.nn.modules import module as _nn_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from resnet_fast.nn.norms import AFTER_NORM, is_frozen_norm, is_norm_act
+
 #: The child under which a convolution of the copy carries its site. Sites have no parameters, so
 #: ``state_dict`` keys stay what they were, and calling the convolution alone stays a convolution.
 SITE_CHILD = "fused_site"
@@ -53,12 +55,6 @@ def is_plain_conv(module: nn.Module) -> bool:
         and isinstance(module._parameters.get("weight"), nn.Parameter)
         and "bias" in module._parameters
     )
-
-
-def is_frozen_norm(module: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d, told by where it comes from: torchvision is optional."""
-    kind = type(module)
-    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops")
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -280,6 +276,21 @@ class _Tracer(fx.Tracer):
             self.through.append(module_qualified_name)
         return False
 
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A norm that carries its activation is a norm, and then its children's calls."""
+        if not is_norm_act(m) or is_hooked(m) or len(args) != 1 or kwargs:
+            return super().call_module(m, forward, args, kwargs)
+        y = self.create_proxy("call_module", self.path_of_module(m), args, {})
+        for name in AFTER_NORM:
+            y = m._modules[name](y)  # type: ignore[misc]
+        return y
+
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
@@ -373,7 +384,32 @@ def _trace(module: nn.Module, training: bool) -> tuple[Graph, list[str]]:
                 m.__dict__.clear()
                 m.__dict__.update(old)
     assert tracer.signature is not None
+    tracer.through += _pass_over_identities(graph, module)
     return Graph(graph, tracer.signature, tracer.through), tracer.opaque
+
+
+def _pass_over_identities(graph: fx.Graph, root: nn.Module) -> list[str]:
+    """Take out each ``nn.Identity`` right behind a convolution or a norm, and name its path.
+
+    Networks leave one where a block could drop values or paths. The path is to be held on to: what
+    is put in its place later has to run.
+    """
+    paths: list[str] = []
+    for node in list(graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        module, source = root.get_submodule(str(node.target)), node.args[0]
+        if type(module) is not nn.Identity or is_hooked(module):
+            continue
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        above = root.get_submodule(str(source.target))
+        if is_conv(above) or is_batch_norm(above) or is_norm_act(above):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            if node.target not in paths:
+                paths.append(str(node.target))
+    return paths
 
 
 def _changed(module: nn.Module, before: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from resnet_fast.fuse.capture import (
     is_hooked,
     is_plain_conv,
 )
+from resnet_fast.nn.norms import is_norm_act
 from resnet_fast.ops.activation import LEAKY_SLOPE
 
 #: Why a convolution was not fused, or not as far as it might be.
@@ -134,7 +135,7 @@ def norm_refusal(bn: Any, channels: int) -> str | None:
     """The reason code that keeps ``bn`` from being part of a site, or None."""
     if is_hooked(bn):
         return "HOOKED"
-    if not is_batch_norm(bn):
+    if not is_batch_norm(bn) and not is_norm_act(bn):
         return "UNKNOWN_NORM"
     if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
         return "BATCH_STATS"
@@ -411,7 +412,11 @@ class Matcher:
 def _is_pure(module: nn.Module) -> bool:
     """Whether calling a leaf neither writes to its input nor can run a user's code."""
     return (
-        (type(module).__module__.startswith("torch.nn.modules") or is_batch_norm(module))
+        (
+            type(module).__module__.startswith("torch.nn.modules")
+            or is_batch_norm(module)
+            or is_norm_act(module)
+        )
         and not getattr(module, "inplace", False)
         and not is_hooked(module)
         and not is_fused_already(module)

@@ -38,6 +38,7 @@ from resnet_fast.fuse.steps import (
     loaded,
     to_name,
 )
+from resnet_fast.nn.norms import is_norm_act, normalise
 from resnet_fast.nn.recorder import Recorder
 from resnet_fast.ops import activation
 
@@ -218,7 +219,11 @@ class Program:
                 emit("output", node, None, (node.args[0],), {})
                 self.result = slot[node]
             elif node.op == "call_module":
-                emit("module", node, self._leaf(root, node), node.args, node.kwargs)
+                module = root.get_submodule(str(node.target))
+                # What follows in a norm with an activation of its own are steps of their own.
+                alone = is_norm_act(module) and not is_hooked(module)
+                kind = "norm" if alone else "module"
+                emit(kind, node, self._leaf(root, node), node.args, node.kwargs)
             elif node.op == "get_attr":
                 parent, _, name = str(node.target).rpartition(".")
                 leaf = Leaf(self._container(root, parent), name)
@@ -360,6 +365,9 @@ class Program:
             elif kind == "module":
                 module = modules[target.container]._modules[target.name]
                 value = module(*loaded(args, slots), **loaded(kwargs, slots))
+            elif kind == "norm":
+                module = modules[target.container]._modules[target.name]
+                value = normalise(module, slots[args[0].slot])
             elif kind == "function":
                 value = target(*loaded(args, slots), **loaded(kwargs, slots))
             elif kind == "method":
@@ -412,6 +420,8 @@ def _is_layout_free(kind: str, node: fx.Node, root: nn.Module) -> bool:
     if kind == "method":
         # What is written in place must be the value itself, never a copy in another layout.
         return node.target in _LAYOUT_FREE_METHODS or str(node.target).endswith("_")
+    if kind == "norm":
+        return True
     if kind != "module":
         return False
     module = root.get_submodule(str(node.target))
@@ -426,7 +436,7 @@ def run_unfused(target: SiteTarget, conv: Any, bn: Any, act: Any, x: Any, residu
     """The site's value by the modules and functions that it stands for."""
     y = conv(x)
     if target.bn is not None:
-        y = bn(y)
+        y = normalise(bn, y)
     if residual is not None:
         y = y + residual
     return activation.value(target.act, y) if act is None else act(y)

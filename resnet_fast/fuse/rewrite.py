@@ -31,6 +31,7 @@ from resnet_fast.fuse.match import Match, Matcher, call_counts
 from resnet_fast.fuse.program import Program
 from resnet_fast.fuse.verify import compare
 from resnet_fast.nn.graphs import Replays
+from resnet_fast.nn.norms import is_norm_act
 from resnet_fast.nn.site import FusedSite
 from resnet_fast.plan import Plan, set_plan, use
 
@@ -439,6 +440,8 @@ def _programs(
             if child not in conv._modules:
                 path = f"{unit.path}.{target}" if unit.path else target
                 site = FusedSite(match.act, path)
+                bn = None if match.bn is None else unit.module.get_submodule(str(match.bn.target))
+                site.norm_alone = bn is not None and is_norm_act(bn)
                 conv.add_module(child, site)
                 site.train(conv.training)
         only = training if unit.mode_dependent else None

@@ -98,7 +98,7 @@ def leaves_of(step: Step) -> list[Leaf]:
     if step.kind == "site":
         found = (step.target.conv, step.target.bn, step.target.act_module)
         return [leaf for leaf in found if leaf is not None]
-    return [step.target] if step.kind == "module" else []
+    return [step.target] if step.kind in ("module", "norm") else []
 
 
 def reads_of(step: Step) -> set[int]:

@@ -22,6 +22,7 @@ from torch.nn.modules import module as _nn_module
 
 from resnet_fast import _library
 from resnet_fast.nn import recorder as _recorder
+from resnet_fast.nn.norms import is_norm_act_type
 from resnet_fast.nn.prepared import are_current, batch_class, hooks_of, is_transforming, keep
 from resnet_fast.nn.recorder import Recorder
 from resnet_fast.nn.site import FusedSite
@@ -70,6 +71,8 @@ def plain(kind: type) -> type:
 
 def _is_plain(kind: type) -> bool:
     """Whether ``kind`` is a plain module, or adds nothing that runs to one."""
+    if is_norm_act_type(kind):
+        return True  # what a record shows of it is the norm alone
     for base in kind.__mro__:
         if base in _PLAIN:
             return True

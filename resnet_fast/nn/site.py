@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fast import _library, ops
 from resnet_fast.errors import ArgumentError
 from resnet_fast.nn import recorder as _recorder
+from resnet_fast.nn.norms import is_frozen_norm, is_norm_act_type, normalise
 from resnet_fast.nn.prepared import (
     Prepared,
     batch_kind,
@@ -41,12 +42,6 @@ _CPU_OPS = _library.status()["cpu"].loaded
 
 def _hooked(module: nn.Module) -> bool:
     return any(hooks_of(module))
-
-
-def _is_frozen_norm(norm: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d, told by where it comes from: torchvision is optional."""
-    kind = type(norm)
-    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops")
 
 
 def _is_plain_conv(conv: Any) -> bool:
@@ -78,6 +73,9 @@ class FusedSite(nn.Module):
     """
 
     is_site = True
+    #: Whether of a norm with an activation of its own the site takes the norm alone. A caller that
+    #: hands over such a norm as a norm has it called as it is.
+    norm_alone = False
 
     def __init__(self, act: str = "relu", name: str = "") -> None:
         super().__init__()
@@ -155,10 +153,10 @@ class FusedSite(nn.Module):
     def _why_not(self, x: Tensor, conv: Any, bn: Any) -> str | None:
         if not _is_plain_conv(conv):
             return "UNKNOWN_CONV"
-        if bn is None or (_is_frozen_norm(bn) and "forward" not in bn.__dict__):
+        if bn is None or (is_frozen_norm(bn) and "forward" not in bn.__dict__):
             return None
-        plain = type(bn).forward in _PLAIN_NORM and "forward" not in bn.__dict__
-        if not plain or not isinstance(bn, _BatchNorm):
+        plain = type(bn).forward in _PLAIN_NORM or (self.norm_alone and is_norm_act_type(type(bn)))
+        if not plain or "forward" in bn.__dict__ or not isinstance(bn, _BatchNorm):
             return "UNKNOWN_NORM"
         if not bn.training:
             return "BATCH_STATS" if bn.running_mean is None or bn.running_var is None else None
@@ -212,7 +210,7 @@ class FusedSite(nn.Module):
             self._framework[reason] = (tuple(x.shape), tuple(conv.weight.shape), x.dtype)
         y = conv(x)
         if bn is not None:
-            y = bn(y)
+            y = self._normalise(bn, y)
         if residual is not None:
             y = y + residual
         return activation.value(self.act, y)
@@ -247,10 +245,13 @@ class FusedSite(nn.Module):
         return residual is None or residual.shape == y.shape
 
     def _plain_train(self, y: Tensor, bn: Any, residual: Tensor | None) -> Tensor:
-        y = bn(y)
+        y = self._normalise(bn, y)
         if residual is not None:
             y = y + residual
         return activation.value(self.act, y)
+
+    def _normalise(self, bn: Any, y: Tensor) -> Tensor:
+        return normalise(bn, y) if self.norm_alone else bn(y)
 
     @staticmethod
     def _update_running(bn: Any, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
