@@ -307,7 +307,8 @@ def bench(
 ) -> None:
     """Time a network against its peers, in turns.
 
-    torchvision's other classification networks (densenet121) run through accelerate().
+    torchvision's other classification networks (densenet121), and timm's (timm/regnety_004), run
+    through accelerate().
     With int8, torchvision's network is quantised after training, by each engine in its own way on
     the same images, and compared with eager in fp32; the error is then the output's distance from
     fp64.

@@ -24,6 +24,8 @@ _SEED = 0
 # fp64 convolutions cost seconds an image: a larger batch is checked on this many images,
 # evenly spaced and including the first and the last.
 MAX_TRUTH_IMAGES = 8
+#: What precedes the name of a network that is timm's.
+TIMM = "timm/"
 
 
 def dtype_from_name(name: str) -> torch.dtype:
@@ -61,19 +63,31 @@ def check_model_name(name: str, others: bool = False) -> None:
     """Raise ``ArgumentError`` with the nearest names when ``name`` is not a network.
 
     Args:
-        others: accept :func:`other_names`, too.
+        others: accept :func:`other_names` too, and timm's networks behind ``timm/``.
     """
-    names = model_names()
-    if others and name not in names:
-        names += other_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        expected = (
-            f"a known network (did you mean {' or '.join(near)}?)"
-            if near
-            else f"one of {', '.join(names)}"
-        )
+    if others and name.startswith(TIMM):
+        home, names = TIMM, tuple(_timm().list_models())
+    else:
+        home, names = "", model_names()
+        if others and name not in names:
+            names += other_names()
+    known = name.removeprefix(home)
+    if known not in names:
+        near = [home + n for n in difflib.get_close_matches(known, names, n=3, cutoff=0.4)]
+        if near:
+            expected = f"a known network (did you mean {' or '.join(near)}?)"
+        else:
+            expected = f"one of {', '.join(names)}" if not home else "one of timm.list_models()"
         raise ArgumentError("model", expected, repr(name))
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError:
+        expected = "a network of an installed package (pip install timm)"
+        raise ArgumentError("model", expected, repr(TIMM)) from None
+    return timm
 
 
 def build_model(name: str) -> torch.nn.Module:
@@ -87,10 +101,13 @@ def build_model(name: str) -> torch.nn.Module:
 def build_reference(name: str) -> tuple[torch.nn.Module, str]:
     """Build the reference network and say where it comes from.
 
-    torchvision's network where it is installed and has one of that name, else this package's
-    plain-PyTorch network with the same ``state_dict`` keys.
+    timm's behind ``timm/``; torchvision's network where it is installed and has one of that name,
+    else this package's plain-PyTorch network with the same ``state_dict`` keys.
     """
     check_model_name(name, others=True)
+    if name.startswith(TIMM):
+        timm = _timm()
+        return timm.create_model(name.removeprefix(TIMM)).eval(), f"timm {timm.__version__}"
     try:
         import torchvision
     except ImportError:
@@ -139,6 +156,9 @@ def default_size(name: str) -> int:
     """Side of the square image that network ``name`` was designed for."""
     from resnet_fast import models
 
+    if name.startswith(TIMM):
+        config = _timm().get_pretrained_cfg(name.removeprefix(TIMM))
+        return 224 if config is None else int(config.input_size[-1])
     if name in other_names():
         import torchvision
 

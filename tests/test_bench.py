@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from resnet_fast.bench import BenchError, bench, bench_model, runner
 from resnet_fast.bench import engines as engines_module
 from resnet_fast.bench.engines import ENGINES, OURS, CudnnFused
 from resnet_fast.bench.report import notes, percentile, save_csv, save_json, summarise, table
+from resnet_fast.errors import ArgumentError
 from resnet_fast.testing.budget import expect_within_budget, in_formats
 
 CASE = {"model": "resnet18", "batch": 2, "dtype": "fp32", "size": 64}
@@ -236,3 +238,41 @@ def test_torchvisions_other_networks_run_through_accelerate() -> None:
         isolate=False,
     )  # fmt: skip
     assert [row["status"] for row in rows] == ["ok", "ok"]
+
+
+class _Timm(ModuleType):
+    """As much of timm as the benchmark asks for."""
+
+    __version__ = "1.2.3"
+
+    def list_models(self) -> list[str]:
+        return ["convmixer_4"]
+
+    def create_model(self, name: str) -> torch.nn.Module:
+        assert name == "convmixer_4"
+        conv, norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+        head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10)
+        return torch.nn.Sequential(conv, norm, torch.nn.ReLU(), *head)
+
+    def get_pretrained_cfg(self, name: str) -> Any:
+        return SimpleNamespace(input_size=(3, 48, 48))
+
+
+def test_timms_networks_run_through_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", _Timm("timm"))
+    rows = bench_model(
+        "timm/convmixer_4", reps=1, turn_seconds=0.001, engines=("resnet_fast", "eager"),
+        isolate=False,
+    )  # fmt: skip
+    assert [(row["status"], row["size"]) for row in rows] == [("ok", 48)] * 2
+    assert rows[0]["reference"] == "timm 1.2.3"
+    with pytest.raises(ArgumentError, match="did you mean timm/convmixer_4"):
+        bench_model("timm/convmixer_5")
+    with pytest.raises(ArgumentError, match=r"timm\.list_models\(\)"):
+        bench_model("timm/zzz")
+
+
+def test_timm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ArgumentError, match="pip install timm"):
+        bench_model("timm/resnet18")

@@ -136,7 +136,7 @@ def _ours_model(job: Job) -> tuple[torch.nn.Module, torch.Tensor]:
 def resnet_fast(job: Job) -> Call:
     """This package's network as a user first meets it: default plan, NCHW input.
 
-    Where it has none of that name, and on 8 bits, torchvision's through ``accelerate()``.
+    Where it has none of that name, and on 8 bits, the reference through ``accelerate()``.
     """
     return _inference(*_ours_model(job))
 

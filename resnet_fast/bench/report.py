@@ -98,7 +98,7 @@ def environment(threads: int) -> dict[str, Any]:
         "resnet_fast": resnet_fast.__version__,
         "commit": commit(),
     }
-    for name in ("torchvision", "triton", "onnxruntime", "openvino", "nncf"):
+    for name in ("torchvision", "timm", "triton", "onnxruntime", "openvino", "nncf"):
         facts[name] = _version(name)
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name(0)
