@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sequence_support import needs_sequences
 from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast.fuse.capture import STATE
 from resnet_fast.fuse.program import Program
+from resnet_fast.nn.sequence import image_mean
+from resnet_fast.testing.budget import expect_within_budget, in_formats
 from resnet_fast.testing.networks import randomize_batchnorm_
 
 torchvision = pytest.importorskip("torchvision")
@@ -192,3 +195,101 @@ def test_copies_and_pickles_start_empty() -> None:
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert not list(program_of(other).prefix)
         assert torch.equal(other(x), net(x))
+
+
+class Squeezed(nn.Module):
+    """A block with squeeze-and-excitation, its mean and its product written in one way of each."""
+
+    def __init__(self, mean: Callable[[Tensor], Tensor] | None, swapped: bool):
+        super().__init__()
+        self.expand = nn.Conv2d(16, 32, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc1, self.fc2 = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 32, 1)
+        self.project = nn.Conv2d(32, 16, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.mean, self.swapped = mean, swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.bn1(self.expand(x)))
+        s = self.avgpool(h) if self.mean is None else self.mean(h)
+        s = self.fc2(F.silu(self.fc1(s))).sigmoid()
+        return self.bn2(self.project(s * h if self.swapped else h * s)) + x
+
+
+def squeezed(mean: Callable[[Tensor], Tensor] | None = None, swapped: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
+    net = nn.Sequential(*stem, Squeezed(mean, swapped), Squeezed(mean, swapped), nn.Flatten())
+    return randomize_batchnorm_(net).eval()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    "mean",
+    [
+        None,
+        lambda h: h.mean((2, 3), keepdim=True),
+        lambda h: h.mean([2, 3], True),
+        lambda h: h.mean((-2, -1), keepdim=True),
+    ],
+    ids=["pool", "tuple", "list", "negative"],
+)
+@pytest.mark.parametrize("batch, size", [(1, 3), (1, 16), (3, 16)])
+def test_gates_are_steps(mean: Any, swapped: bool, batch: int, size: int) -> None:
+    """Two blocks of six steps behind a stem; at size 3 a map is one pixel."""
+    net = squeezed(mean, swapped)
+    fused = resnet_fast.accelerate(copy.deepcopy(net))
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    first = fused(x)
+    frameworks = in_formats(net, x)
+    expect_within_budget(first, frameworks, copy.deepcopy(net).double()(x.double()))
+    sequence = ready(fused, x)
+    assert sequence.count == 13
+    assert torch.equal(fused(x), first) and torch.equal(by_step(fused, x), first)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda net: setattr(net[3].avgpool, "output_size", 2),
+        lambda net: setattr(net[3], "avgpool", nn.AdaptiveMaxPool2d(1)),
+        lambda net: net[4].fc2.weight.data.mul_(2),
+        lambda net: net[4].avgpool.register_forward_hook(lambda module, args, y: y * 2),
+    ],
+    ids=["size", "pool", "weight", "hook"],
+)
+def test_edits_of_gates_show(edit: Callable[[Any], Any]) -> None:
+    net = squeezed()
+    fused = resnet_fast.accelerate(copy.deepcopy(net))
+    x = torch.randn(2, 3, 4, 4)  # maps of two by two: a pool to that size is nothing
+    before = fused(x)
+    ready(fused, x)
+    for module in (net, fused):
+        edit(module)
+    wanted = net(x)
+    for _ in range(3):
+        torch.testing.assert_close(fused(x), wanted)
+    assert not torch.allclose(wanted, before)
+
+
+def test_a_mean_is_exact_to_rounding() -> None:
+    x = torch.randn(2, 40, 9, 7).contiguous(memory_format=torch.channels_last)
+    y = image_mean(x)
+    assert y is not None and y.shape == (2, 40, 1, 1)
+    expect_within_budget(y, x.mean((2, 3), keepdim=True), x.double().mean((2, 3), keepdim=True))
+    assert image_mean(x.contiguous()) is None and image_mean(x.double()) is None
+
+
+def test_stochastic_depth_is_no_step_in_eval() -> None:
+    net = torchvision.models.efficientnet_b0(weights=None, num_classes=7)
+    net = randomize_batchnorm_(net).eval()
+    fused = resnet_fast.accelerate(copy.deepcopy(net))
+    x = images()
+    frameworks = in_formats(net, x)
+    first = fused(x)
+    expect_within_budget(first, frameworks, copy.deepcopy(net).double()(x.double()))
+    assert ready(fused, x).count == 114
+    assert torch.equal(fused(x), first)
+    residual = [row for row in resnet_fast.explain(fused).rows if row["residual"]]
+    assert len(residual) == 9

@@ -83,6 +83,25 @@ def test_mean(channels: int, dtype: torch.dtype) -> None:
     expect_within_budget(y, given, x.double().mean((2, 3), keepdim=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 16, 130])
+def test_gate(channels: int, dtype: torch.dtype) -> None:
+    """Both factors made by steps: what is gated is written over, or read once more."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, channels, 7, 5, generator=generator).to(dtype)
+    x[0, 0, 0, :2] = torch.tensor([torch.nan, torch.inf])
+    same = {"window": (1, 1, 1, 1, 0, 0, 1, 1)}
+    pooled = [*step("max_pool", 0, 1, **same), *step("mean", 1, 2)]
+    gated = [*pooled, *step("gate", 1, 3, residual=2)]
+    by = run(x, [], pooled)
+    assert torch.equal(run(x, [], gated).isnan(), (x * by).isnan())
+    assert torch.equal(run(x, [], gated).nan_to_num(), (x * by).nan_to_num())
+    again = [*gated, *step("gate", 3, 4, residual=2), *step("gate", 1, 5, residual=2)]
+    assert torch.equal(run(x, [], again).nan_to_num(), (x * by).nan_to_num())
+    squared = [*pooled, *step("gate", 2, 3, residual=2)]
+    assert torch.equal(run(x, [], squared).nan_to_num(), (by * by).nan_to_num())
+
+
 def convolution(filters: int = 32, channels: int = 32, kernel: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(filters, channels, kernel, kernel, generator=generator)
@@ -145,6 +164,23 @@ HOSTILE: dict[str, list[int]] = {
     "other filters": step("direct", 0, 1, constants=0, filters=31),
     "unknown activation": step("direct", 0, 1, constants=0, filters=32, act=99),
     "pool with an activation": step("mean", 0, 1, act=1),
+    "gate by nothing": step("gate", 0, 1),
+    "gate by an image": step("gate", 0, 1, residual=0),
+    "gate of a window": [
+        *step("mean", 0, 1),
+        *step("gate", 0, 2, residual=1, window=(3, 3, 1, 1, 1, 1, 1, 1)),
+    ],
+    "gate of every second pixel": [
+        *step("mean", 0, 1),
+        *step("gate", 0, 2, residual=1, window=(1, 1, 2, 2, 0, 0, 1, 1)),
+    ],
+    "gate with an activation": [*step("mean", 0, 1), *step("gate", 0, 2, residual=1, act=1)],
+    "gate by other channels": [
+        *step("pad_channels", 0, 1, filters=64),
+        *step("mean", 1, 2),
+        *step("gate", 0, 3, residual=2),
+    ],
+    "mean with a residual": step("mean", 0, 1, residual=0),
     "residual of another shape": step(
         "direct", 0, 1, constants=0, filters=32, residual=0, window=(1, 1, 2, 2, 0, 0, 1, 1)
     ),

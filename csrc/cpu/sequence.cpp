@@ -4,7 +4,7 @@
 // Between the layers there is no Python, no allocation and no fork of threads: one team stays
 // together, and all activations live in one block, the arena. A value has a place there from the
 // step that writes it to the last one that reads it; a layer that adds a residual whose last use
-// this is writes over it.
+// this is writes over it, and a gate over what it scales.
 #include <pthread.h>
 
 #include <atomic>
@@ -29,7 +29,8 @@ enum class Kind : int64_t {
   winograd2 = 2,
   mean = 3,
   winograd4 = 4,
-  pad_channels = 5  // every stride-th pixel, zeros for the channels that are new
+  pad_channels = 5,  // every stride-th pixel, zeros for the channels that are new
+  gate = 6           // the input times the residual, which has one value a channel
 };
 
 // One step as the list holds it. Values are numbered; value 0 is the network's input.
@@ -153,22 +154,29 @@ class Sequence {
         return pad_channels(s.g, in, out);
       case Kind::mean:
         return mean_pool(s.g.batch, s.g.in[1] * s.g.in[2], s.g.channels, in, out);
+      case Kind::gate:
+        return gate_channels(s.g.batch, s.g.in[1] * s.g.in[2], s.g.channels, in, residual, out);
     }
   }
 
   // The steps of a list come in the order of their results: step i makes value i + 1, from values
   // made before it.
   void add(int64_t i, const Record& r, const std::vector<Tensor>& constants) {
-    STD_TORCH_CHECK(r.kind >= Kind::direct && r.kind <= Kind::pad_channels, "steps: unknown kind");
+    STD_TORCH_CHECK(r.kind >= Kind::direct && r.kind <= Kind::gate, "steps: unknown kind");
     STD_TORCH_CHECK(r.out == i + 1 && r.in >= 0 && r.in <= i && r.residual >= -1 && r.residual <= i,
                     "steps: a step reads what the steps before it wrote");
     const bool pads = r.kind == Kind::pad_channels;
-    const bool convolves = r.kind != Kind::max_pool && r.kind != Kind::mean && !pads;
+    const bool gates = r.kind == Kind::gate;
+    const bool convolves = r.kind != Kind::max_pool && r.kind != Kind::mean && !pads && !gates;
     STD_TORCH_CHECK(!kIsBytes || r.kind == Kind::direct || r.kind == Kind::max_pool,
                     "steps: bytes are convolved directly, or pooled");
     STD_TORCH_CHECK(r.act >= 0 && r.act < kActCount, "steps: unknown activation");
-    STD_TORCH_CHECK(convolves || (r.residual < 0 && r.act == 0),
-                    "steps: only a convolution has a residual or an activation");
+    STD_TORCH_CHECK(convolves || ((r.residual < 0) != gates && r.act == 0),
+                    "steps: only a convolution has a residual or an activation, and a gate two "
+                    "inputs");
+    STD_TORCH_CHECK(!gates || (r.kernel[0] == 1 && r.kernel[1] == 1 && r.stride[0] == 1 &&
+                               r.stride[1] == 1 && r.padding[0] == 0 && r.padding[1] == 0),
+                    "steps: a gate scales pixel by pixel");
     Value& from = values_[r.in];
     const bool grouped = r.groups > 1 && r.kind == Kind::direct && r.filters % r.groups == 0 &&
                          from.channels % r.groups == 0;
@@ -219,9 +227,10 @@ class Sequence {
     if (r.residual >= 0) {
       Value& added = values_[r.residual];
       const Value& out = values_[r.out];
+      const int64_t height = gates ? 1 : out.height, width = gates ? 1 : out.width;
       STD_TORCH_CHECK(
-          added.channels == out.channels && added.height == out.height && added.width == out.width,
-          "steps: expected a residual of the output's shape");
+          added.channels == out.channels && added.height == height && added.width == width,
+          "steps: expected a residual of the output's shape, or one value a channel");
       added.last = i;
       ++added.reads;
     }
@@ -297,9 +306,17 @@ class Sequence {
     s.shift = data_of<float>(c[3]);
   }
 
+  // The value that a step may write over, the last to read it; -1 where there is none.
+  int64_t overwritten(const Step& s, int64_t i) const {
+    if (s.kind == Kind::gate) {
+      return s.in > 0 && s.in != s.residual && values_[s.in].last == i ? s.in : -1;
+    }
+    return overwrites_residual(s, i) ? s.residual : -1;
+  }
+
   // Writing over the residual: each value is read, and then written, by one thread, from registers.
   // Winograd's kernel may come back to a tile, and reads it again.
-  bool may_overwrite(const Step& s, int64_t i) const {
+  bool overwrites_residual(const Step& s, int64_t i) const {
     return s.kind == Kind::direct && s.residual > 0 && s.residual != s.in &&
            values_[s.residual].last == i && s.g.groups == 1 && s.g.filters % 32 == 0 &&
            clamp_of(s.act).is_clamp && (!kIsBytes || has_int8_vnni());
@@ -315,8 +332,8 @@ class Sequence {
       constexpr int64_t kLine = 64 / sizeof(T);  // values in a line of the cache
       out.size = (out.count(batch) + kLine - 1) / kLine * kLine;
       std::erase_if(live, [&](const Value* v) { return v->last < i; });
-      if (may_overwrite(s, i)) {
-        const Value& under = values_[s.residual];
+      if (const int64_t over = overwritten(s, i); over >= 0) {
+        const Value& under = values_[over];
         out.at = under.at;
         std::replace(live.begin(), live.end(), &under, static_cast<const Value*>(&out));
         continue;

@@ -129,6 +129,26 @@ void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const T* x, T* y
 }
 
 template <typename T>
+void gate_channels(int64_t batch, int64_t pixels, int64_t channels, const T* x, const T* gate,
+                   T* y) {
+  run_on_isa([&](auto isa) {
+    parallel_on<decltype(isa)::value>(batch * pixels, [&](int64_t begin, int64_t end) RF_INLINE {
+      for (int64_t at = begin; at < end; ++at) {
+        const T *from = x + at * channels, *by = gate + at / pixels * channels;
+        T* to = y + at * channels;
+        each_step(channels, [&](int64_t c, auto load, auto store) RF_INLINE {
+          Vec v, factor;
+          load(from + c, &v);
+          load(by + c, &factor);
+          v *= factor;
+          store(v, to + c);
+        });
+      }
+    });
+  });
+}
+
+template <typename T>
 void pad_channels(const Geometry& g, const T* x, T* y) {
   run_on_isa([&](auto isa) {
     parallel_on<decltype(isa)::value>(g.pixels(), [&](int64_t begin, int64_t end) RF_INLINE {
@@ -148,6 +168,10 @@ template void max_pool(const Geometry& g, const bf16* x, bf16* y);
 template void max_pool(const Geometry& g, const uint8_t* x, uint8_t* y);
 template void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, float* y);
 template void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const bf16* x, bf16* y);
+template void gate_channels(int64_t batch, int64_t pixels, int64_t channels, const float* x,
+                            const float* gate, float* y);
+template void gate_channels(int64_t batch, int64_t pixels, int64_t channels, const bf16* x,
+                            const bf16* gate, bf16* y);
 template void pad_channels(const Geometry& g, const float* x, float* y);
 template void pad_channels(const Geometry& g, const bf16* x, bf16* y);
 

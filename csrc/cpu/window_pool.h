@@ -1,6 +1,6 @@
-// Max pooling over windows, the mean over an image and the shortcut without parameters,
-// channels-last, fp32 or bf16 (T), the maximum of bytes as well: what a residual network has
-// between its convolutions.
+// Max pooling over windows, the mean over an image, the gates that squeeze-and-excitation makes of
+// it and the shortcut without parameters, channels-last, fp32 or bf16 (T), the maximum of bytes as
+// well: what a residual network has between its convolutions.
 #pragma once
 
 #include "gather.h"
@@ -15,6 +15,11 @@ void max_pool(const Geometry& g, const T* x, T* y);
 // y[n][c] = the mean of x[n][pixel][c] over all pixels, summed in fp32.
 template <typename T>
 void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const T* x, T* y);
+
+// y[n][pixel][c] = x[n][pixel][c] * gate[n][c]; y may be x.
+template <typename T>
+void gate_channels(int64_t batch, int64_t pixels, int64_t channels, const T* x, const T* gate,
+                   T* y);
 
 // y = x at every stride-th pixel, with zeros for the channels beyond its own: a 1x1 window of `g`.
 template <typename T>

@@ -389,27 +389,47 @@ def _trace(module: nn.Module, training: bool) -> tuple[Graph, list[str]]:
 
 
 def _pass_over_identities(graph: fx.Graph, root: nn.Module) -> list[str]:
-    """Take out each ``nn.Identity`` right behind a convolution or a norm, and name its path.
+    """Take out what hands on the result of a convolution or a norm; the paths of such modules.
 
-    Networks leave one where a block could drop values or paths. The path is to be held on to: what
-    is put in its place later has to run.
+    Networks leave an ``nn.Identity`` where a block could drop values or paths, and stochastic
+    depth drops none in ``eval()``. The paths are to be held on to: what is put in an identity's
+    place later has to run.
     """
     paths: list[str] = []
     for node in list(graph.nodes):
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-            continue
-        module, source = root.get_submodule(str(node.target)), node.args[0]
-        if type(module) is not nn.Identity or is_hooked(module):
-            continue
+        source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         above = root.get_submodule(str(source.target))
-        if is_conv(above) or is_batch_norm(above) or is_norm_act(above):
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
-            if node.target not in paths:
-                paths.append(str(node.target))
-    return paths
+        if not (is_conv(above) or is_batch_norm(above) or is_norm_act(above)):
+            continue
+        if _is_identity(node, root):
+            paths.append(str(node.target))
+        elif not _keeps_all_paths(node):
+            continue
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+    return list(dict.fromkeys(paths))
+
+
+def _is_identity(node: fx.Node, root: nn.Module) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    module = root.get_submodule(str(node.target))
+    return type(module) is nn.Identity and not is_hooked(module)
+
+
+def _keeps_all_paths(node: fx.Node) -> bool:
+    """Whether the call is torchvision's stochastic depth outside of training: its first argument.
+
+    Told by where it comes from: torchvision is optional.
+    """
+    if node.op != "call_function" or node.kwargs or len(node.args) != 4:
+        return False
+    home = getattr(node.target, "__module__", "") or ""
+    name = getattr(node.target, "__name__", "")
+    known = name == "stochastic_depth" and home.startswith("torchvision.ops")
+    return known and node.args[3] is False
 
 
 def _changed(module: nn.Module, before: dict[str, Any]) -> bool:

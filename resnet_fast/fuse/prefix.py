@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fast.fuse.capture import is_hooked
+from resnet_fast.fuse.steps import Ref, Step
 from resnet_fast.nn.prepared import keep
 from resnet_fast.nn.recorder import Recorder
 from resnet_fast.nn.sequence import (
@@ -16,9 +19,20 @@ from resnet_fast.nn.sequence import (
     Structure,
     agrees,
     build,
+    image_mean,
     may_run,
     sequence_key,
 )
+
+# What ``Tensor.mean`` takes to give the mean over an image at unchanged rank.
+_OVER_IMAGES: tuple[tuple[Any, Any], ...] = (
+    (((2, 3),), {"keepdim": True}),
+    (([2, 3],), {"keepdim": True}),
+    (((-2, -1),), {"keepdim": True}),
+    (((2, 3), True), {}),
+    (([2, 3], True), {}),
+)
+_PRODUCTS = (operator.mul, torch.mul)
 
 
 class Prefix:
@@ -89,3 +103,45 @@ class Prefix:
         key = sequence_key(x)
         keep(self._known, key, (count, built))
         self._attempts.succeeded(key)
+
+
+def mean_by(target: Any, args: Any, kwargs: Any, slots: list[Any]) -> Tensor | None:
+    """A step's result where it is the mean over an image, and a sequence would compute it.
+
+    Computed as it would be, so that a network's result does not depend on which of the two ran.
+    """
+    if not _is_mean(target, args, kwargs):
+        return None
+    return image_mean(slots[args[0].slot])
+
+
+def _is_mean(target: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a step with a module or a method of this name is the mean over each image."""
+    if type(target) is nn.AdaptiveAvgPool2d:
+        plain = len(args) == 1 and type(args[0]) is Ref and not kwargs
+        return plain and target.output_size in (1, (1, 1)) and not is_hooked(target)
+    return target == "mean" and type(args[0]) is Ref and (args[1:], kwargs) in _OVER_IMAGES
+
+
+def enter(
+    recorder: Recorder, step: Step, modules: list[nn.Module], read: list[Any], y: Any
+) -> None:
+    """Enter a step that is no site, where a sequence knows it: pooling, and gates of channels.
+
+    Args:
+        read: the values that it read.
+        y: its result.
+    """
+    if not all(isinstance(value, Tensor) for value in (*read, y)):
+        return
+    target: Any = step.target
+    if step.kind == "module":
+        target = modules[target.container]._modules[target.name]
+    if step.kind in ("module", "method") and _is_mean(target, step.args, step.kwargs):
+        recorder.mean(read[0], y, target if step.kind == "module" else None)
+    elif step.kind == "module":
+        if len(read) == len(step.args) == 1 and not step.kwargs:
+            recorder.max_pool(target, read[0], y)
+    elif target in _PRODUCTS and len(read) == len(step.args) == 2 and not step.kwargs:
+        x, by = read if read[0].shape == y.shape else reversed(read)
+        recorder.gate(x, by, y)

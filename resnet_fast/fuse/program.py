@@ -25,7 +25,7 @@ from resnet_fast.fuse.capture import (
 )
 from resnet_fast.fuse.chain import ProgramChains
 from resnet_fast.fuse.match import Match, is_inplace_function, module_activation, norm_refusal
-from resnet_fast.fuse.prefix import Prefix
+from resnet_fast.fuse.prefix import Prefix, enter, mean_by
 from resnet_fast.fuse.steps import (
     Leaf,
     Link,
@@ -58,6 +58,7 @@ _LAYOUT_FREE_FUNCTIONS = {
     torch.add,
     torch.cat,
     torch.flatten,
+    torch.mean,
     torch.mul,
     torch.relu,
     torch.sigmoid,
@@ -73,7 +74,18 @@ _LAYOUT_FREE_FUNCTIONS = {
     F.relu6,
     F.silu,
 }
-_LAYOUT_FREE_METHODS = {"add", "add_", "dim", "flatten", "mul", "mul_", "relu", "relu_", "size"}
+_LAYOUT_FREE_METHODS = {
+    "add",
+    "add_",
+    "dim",
+    "flatten",
+    "mean",
+    "mul",
+    "mul_",
+    "relu",
+    "relu_",
+    "size",
+}
 _PLANNED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -333,9 +345,7 @@ class Program:
                 read = [slots[ref.slot] for ref in step.args if isinstance(ref, Ref)]
                 self._run_steps([step], modules, slots, layout)
                 ran += 1
-                if step.kind == "module" and len(read) == len(step.args) == 1 and not step.kwargs:
-                    module = modules[step.target.container]._modules[step.target.name]
-                    recorder.max_pool(module, read[0], slots[step.out])
+                enter(recorder, step, modules, read, slots[step.out])
                 if len(recorder) != ran or not recorder.holds(slots[step.out]):
                     break
                 if ran in self.cuts:
@@ -364,15 +374,19 @@ class Program:
                 )
             elif kind == "module":
                 module = modules[target.container]._modules[target.name]
-                value = module(*loaded(args, slots), **loaded(kwargs, slots))
+                value = mean_by(module, args, kwargs, slots)
+                if value is None:
+                    value = module(*loaded(args, slots), **loaded(kwargs, slots))
             elif kind == "norm":
                 module = modules[target.container]._modules[target.name]
                 value = normalise(module, slots[args[0].slot])
             elif kind == "function":
                 value = target(*loaded(args, slots), **loaded(kwargs, slots))
             elif kind == "method":
-                receiver, *rest = loaded(args, slots)
-                value = getattr(receiver, target)(*rest, **loaded(kwargs, slots))
+                value = mean_by(target, args, kwargs, slots)
+                if value is None:
+                    receiver, *rest = loaded(args, slots)
+                    value = getattr(receiver, target)(*rest, **loaded(kwargs, slots))
             elif kind == "layout":
                 value = slots[args[0].slot]
                 if contiguous and isinstance(value, Tensor):

@@ -29,6 +29,7 @@ KINDS = {
     "mean": 3,
     "winograd4": 4,
     "pad_channels": 5,
+    "gate": 6,
 }
 
 #: Integers in a step.
@@ -40,6 +41,8 @@ _WEIGHTS = {torch.uint8: torch.int8}
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _NO_WINDOW = (1, 1, 1, 1, 0, 0, 1, 1, 1)  # the last is the number of groups
+#: The steps of a sequence that takes the mean over each image, and nothing else.
+MEAN = (KINDS["mean"], 0, -1, 1, -1, 0, 0, *_NO_WINDOW)
 _active = threading.local()
 
 
@@ -138,6 +141,26 @@ class Recorder:
         window = (1, 1, stride, stride, 0, 0, 1, 1, 1)
         if self._enter("pad_channels", x, None, y, (-1, 0, y.shape[1], *window)):
             self.settings.append((module, ("new_planes", "stride")))
+            self._mark()
+
+    def mean(self, x: Tensor, y: Tensor, pool: nn.Module | None = None) -> None:
+        """Enter the mean ``y`` over each image of ``x``, of shape (N, C, 1, 1).
+
+        Args:
+            pool: the ``torch.nn.AdaptiveAvgPool2d`` that computed it, if one did.
+        """
+        if x.dim() != 4 or y.shape != (*x.shape[:2], 1, 1) or x.dtype is torch.uint8:
+            return
+        if self._enter("mean", x, None, y, (-1, 0, 0, *_NO_WINDOW)):
+            if pool is not None:
+                self.settings.append((pool, ("output_size",)))
+            self._mark()
+
+    def gate(self, x: Tensor, by: Tensor, y: Tensor) -> None:
+        """Enter the product ``y`` of ``x`` and one value a channel, of shape (N, C, 1, 1)."""
+        if x.dim() != 4 or by.shape != (*x.shape[:2], 1, 1) or x.dtype is torch.uint8:
+            return
+        if y.shape == x.shape and self._enter("gate", x, by, y, (-1, 0, 0, *_NO_WINDOW)):
             self._mark()
 
     def head(self, pool: nn.Module, linear: nn.Module, x: Tensor) -> bool:

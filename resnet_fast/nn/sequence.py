@@ -10,10 +10,11 @@ where anything differs the network runs layer by layer, and is recorded again.
 
 from __future__ import annotations
 
+import functools
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from resnet_fast import _library
 from resnet_fast.nn import recorder as _recorder
 from resnet_fast.nn.norms import is_norm_act_type
 from resnet_fast.nn.prepared import are_current, batch_class, hooks_of, is_transforming, keep
-from resnet_fast.nn.recorder import Recorder
+from resnet_fast.nn.recorder import MEAN, Recorder
 from resnet_fast.nn.site import FusedSite
 from resnet_fast.ops import _pack
 from resnet_fast.plan import binding as _binding
@@ -209,6 +210,25 @@ def may_run(x: Any) -> bool:
         and not torch.onnx.is_in_onnx_export()
         and not global_hooks()
     )
+
+
+def image_mean(x: Any) -> Tensor | None:
+    """The mean over each image of ``x``, of shape (N, C, 1, 1), to the bit as in a sequence.
+
+    None where ``x`` is not of a kind that sequences take, or not channels-last.
+    """
+    if torch.compiler.is_compiling() or _library.native() is None or not may_run(x):
+        return None
+    if x.dtype is torch.uint8 or x.numel() == 0:
+        return None
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return cast(Tensor, torch.ops.resnet_fast._run_sequence(x, _mean_alone()))
+
+
+@functools.cache
+def _mean_alone() -> int:
+    return cast(int, torch.ops.resnet_fast._make_sequence([], list(MEAN), []))
 
 
 def sequence_key(x: Tensor) -> Any:
