@@ -204,17 +204,18 @@ class Squeezed(nn.Module):
         super().__init__()
         self.expand = nn.Conv2d(16, 32, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.shortcut = nn.Identity()
+        self.blur, self.avgpool = nn.Identity(), nn.AdaptiveAvgPool2d(1)
         self.fc1, self.fc2 = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 32, 1)
         self.project = nn.Conv2d(32, 16, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(16)
         self.mean, self.swapped = mean, swapped
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.silu(self.bn1(self.expand(x)))
+        h = self.blur(F.silu(self.bn1(self.expand(x))))
         s = self.avgpool(h) if self.mean is None else self.mean(h)
         s = self.fc2(F.silu(self.fc1(s))).sigmoid()
-        return self.bn2(self.project(s * h if self.swapped else h * s)) + x
+        return self.bn2(self.project(s * h if self.swapped else h * s)) + self.shortcut(x)
 
 
 def squeezed(mean: Callable[[Tensor], Tensor] | None = None, swapped: bool = False) -> nn.Module:
@@ -254,10 +255,12 @@ def test_gates_are_steps(mean: Any, swapped: bool, batch: int, size: int) -> Non
     [
         lambda net: setattr(net[3].avgpool, "output_size", 2),
         lambda net: setattr(net[3], "avgpool", nn.AdaptiveMaxPool2d(1)),
+        lambda net: setattr(net[3], "blur", nn.Hardtanh(-0.1, 0.1)),
+        lambda net: net[3].blur.register_forward_hook(lambda module, args, y: y * 2),
         lambda net: net[4].fc2.weight.data.mul_(2),
         lambda net: net[4].avgpool.register_forward_hook(lambda module, args, y: y * 2),
     ],
-    ids=["size", "pool", "weight", "hook"],
+    ids=["size", "pool", "identity", "hooked identity", "weight", "hook"],
 )
 def test_edits_of_gates_show(edit: Callable[[Any], Any]) -> None:
     net = squeezed()

@@ -123,20 +123,22 @@ def _is_mean(target: Any, args: Any, kwargs: Any) -> bool:
     return target == "mean" and type(args[0]) is Ref and (args[1:], kwargs) in _OVER_IMAGES
 
 
-def enter(
-    recorder: Recorder, step: Step, modules: list[nn.Module], read: list[Any], y: Any
-) -> None:
+def enter(recorder: Recorder, step: Step, modules: list[nn.Module], read: list[Any], y: Any) -> int:
     """Enter a step that is no site, where a sequence knows it: pooling, and gates of channels.
 
     Args:
         read: the values that it read.
         y: its result.
+
+    Returns how many steps a sequence has for it: none for an identity, else one.
     """
     if not all(isinstance(value, Tensor) for value in (*read, y)):
-        return
+        return 1
     target: Any = step.target
     if step.kind == "module":
         target = modules[target.container]._modules[target.name]
+        if type(target) is nn.Identity and len(read) == 1 and y is read[0]:
+            return 0
     if step.kind in ("module", "method") and _is_mean(target, step.args, step.kwargs):
         recorder.mean(read[0], y, target if step.kind == "module" else None)
     elif step.kind == "module":
@@ -145,3 +147,4 @@ def enter(
     elif target in _PRODUCTS and len(read) == len(step.args) == 2 and not step.kwargs:
         x, by = read if read[0].shape == y.shape else reversed(read)
         recorder.gate(x, by, y)
+    return 1

@@ -339,17 +339,19 @@ class Program:
     ) -> None:
         """Run all steps, and keep as many of the first ones as a sequence can stand for."""
         slots[0] = recorder.x
-        ran, count, value = 0, 0, None
+        ran, entered = 0, 0  # steps of the program, and of the record
+        count, length, value = 0, 0, None
         with recorder():
             for step in self.steps[: self.cuts[-1]]:
                 read = [slots[ref.slot] for ref in step.args if isinstance(ref, Ref)]
                 self._run_steps([step], modules, slots, layout)
                 ran += 1
-                enter(recorder, step, modules, read, slots[step.out])
-                if len(recorder) != ran or not recorder.holds(slots[step.out]):
+                made = enter(recorder, step, modules, read, slots[step.out])
+                entered += made
+                if len(recorder) != entered or (made and not recorder.holds(slots[step.out])):
                     break
-                if ran in self.cuts:
-                    count, value = ran, slots[step.out]
+                if ran in self.cuts and recorder.holds(slots[step.out]):
+                    count, length, value = ran, entered, slots[step.out]
         self._run_steps(self.steps[ran:], modules, slots, layout)
         if value is not None:
             called: list[Any] = [
@@ -357,7 +359,7 @@ class Program:
                 for step in self.steps[:count]
                 for leaf in leaves_of(step)
             ]
-            recorder.cut(count)
+            recorder.cut(length)
             self.prefix.keep(recorder, count, value, called, modules)
 
     def _run_steps(
