@@ -189,6 +189,33 @@ def test_a_site_that_is_handed_the_norm_calls_it_whole(no_grad: None) -> None:
         assert [row["reason"] for row in site.rows()] == ["UNKNOWN_NORM"]
 
 
+def _hand_over(block: nn.Module) -> None:
+    block[1] = tiny(BatchNormAct2d(8, nn.SiLU()))
+
+
+def _hand_over_beside_another_act(block: nn.Module) -> None:
+    _hand_over(block)
+    block[2] = nn.Tanh()
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("change", [_hand_over, _hand_over_beside_another_act])
+def test_a_norm_with_an_activation_in_a_plain_ones_place_runs_whole(
+    change: Any, dtype: str | None, no_grad: None
+) -> None:
+    torch.manual_seed(0)
+    model = tiny(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    options = {} if dtype is None else {"dtype": dtype, "calibration": [images()]}
+    fused = accelerate(copy.deepcopy(model), **options)
+    for _ in range(3):
+        fused(images())
+    for changed in (model, fused):
+        torch.manual_seed(1)
+        change(changed)
+    for _ in range(3):
+        assert_same_numbers(fused, model, images())
+
+
 def test_undo_copy_and_keys(no_grad: None) -> None:
     model = network()
     keys = list(model.state_dict())

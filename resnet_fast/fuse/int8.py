@@ -325,7 +325,7 @@ def _is_as_matched(target: SiteTarget, conv: Any, bn: Any, act: Any) -> bool:
         and target.child in conv._modules
         and not is_hooked(conv)
         and (bn is None) == (target.bn is None)
-        and (bn is None or norm_refusal(bn, conv.out_channels) is None)
+        and (bn is None or norm_refusal(bn, conv.out_channels, target.norm_alone) is None)
         and (act is None or module_activation(act) == target.act)
     )
 

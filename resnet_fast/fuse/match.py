@@ -131,11 +131,14 @@ def module_activation(module: nn.Module | None) -> str | None:
     return act
 
 
-def norm_refusal(bn: Any, channels: int) -> str | None:
-    """The reason code that keeps ``bn`` from being part of a site, or None."""
+def norm_refusal(bn: Any, channels: int, alone: bool) -> str | None:
+    """The reason code that keeps ``bn`` from being part of a site, or None.
+
+    ``alone``: of a norm with an activation of its own the site takes the norm alone.
+    """
     if is_hooked(bn):
         return "HOOKED"
-    if not is_batch_norm(bn) and not is_norm_act(bn):
+    if not is_batch_norm(bn) and not (alone and is_norm_act(bn)):
         return "UNKNOWN_NORM"
     if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
         return "BATCH_STATS"
@@ -281,7 +284,7 @@ class Matcher:
             if is_batch_norm(norm) or isinstance(norm, _NORMS):
                 if user.args != (node,) or user.kwargs:
                     return "UNKNOWN_NORM"
-                reason = norm_refusal(norm, conv.out_channels)
+                reason = norm_refusal(norm, conv.out_channels, alone=True)
                 if reason is None and self.calls[id(norm)] != 1:
                     reason = "SHARED_MODULE"
                 if reason is None:

@@ -223,6 +223,7 @@ class Program:
                     match.act,
                     child,
                     f"{self.path}.{match.conv.target}" if self.path else str(match.conv.target),
+                    match.bn is not None and is_norm_act(root.get_submodule(str(match.bn.target))),
                 )
                 emit("site", match.tail, target, (match.x, match.residual), {})
             elif node in inside or node.op == "placeholder":
@@ -452,7 +453,7 @@ def run_unfused(target: SiteTarget, conv: Any, bn: Any, act: Any, x: Any, residu
     """The site's value by the modules and functions that it stands for."""
     y = conv(x)
     if target.bn is not None:
-        y = normalise(bn, y)
+        y = normalise(bn, y) if target.norm_alone else bn(y)
     if residual is not None:
         y = y + residual
     return activation.value(target.act, y) if act is None else act(y)
@@ -471,7 +472,7 @@ def site_refusal(target: SiteTarget, program: Program, root: nn.Module) -> str |
         return "HOOKED"
     if act is not None and module_activation(act) != target.act:
         return "REPLACED"
-    return None if bn is None else norm_refusal(bn, conv.out_channels)
+    return None if bn is None else norm_refusal(bn, conv.out_channels, target.norm_alone)
 
 
 def _lookup(modules: list[nn.Module], leaf: Leaf | None) -> Any:

@@ -48,6 +48,8 @@ class SiteTarget(NamedTuple):
     act: str
     child: str
     path: str
+    #: Whether of a norm with an activation of its own the site takes the norm alone.
+    norm_alone: bool = False
 
 
 class Step(NamedTuple):
