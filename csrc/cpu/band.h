@@ -88,6 +88,7 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
   alignas(64) typename SumOf<T>::type sums[kRows * NR];
   const Clamp clamp = o.clamp();
   const int64_t pieces = (g.out[2] + kRows - 1) / kRows;
+  const Cut piece_cut(g.out[2], pieces);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / bands, h0 = task % bands * kBandRows;
     const int64_t h1 = std::min(g.out[1], h0 + kBandRows);
@@ -114,8 +115,7 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
       out.residual_scale = o.grid.residual;
       for (int64_t h = h0; h < h1; ++h) {
         for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t w = cut_at(g.out[2], pieces, piece);
-          const int64_t rows = cut_at(g.out[2], pieces, piece + 1) - w;
+          const int64_t w = piece_cut.at(piece), rows = piece_cut.at(piece + 1) - w;
           const int64_t at = ((n * g.out[1] + h) * g.out[2] + w) * g.filters + k0;
           const T* from = band + (h - h0) * g.stride[1] * length + w * step;
           out.y = o.y + at;
@@ -123,7 +123,7 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
           K::multiply(rows, {from, step, run, g.dilation[1] * length}, packed + k0 * depth, depth,
                       out, half);
           if (!whole) {
-            finish_rows(o, g.filters, rows, columns, sums, NR, k0, at);
+            finish_rows<K::kFinishes ? NR : 0>(o, g.filters, rows, columns, sums, NR, k0, at);
           }
         }
       }

@@ -17,6 +17,7 @@ struct DirectFp32 {
   static constexpr int64_t kBlock = 2 * Tile<I>::kBytes / 4, kPair = 1;
   static constexpr int64_t kDepth = Panel<float>::kDepth, kBandRows = 4;
   static constexpr int kRows = Tile<I>::kRows;
+  static constexpr bool kBlockStays = I != Isa::avx512;
   // A panel is one chain (tile.h): of the limit at ResNet's sites that takes 0.46 at most, where
   // chains of 64 take 0.43 and two percent of a network's time.
   static constexpr int64_t kChain = Panel<float>::kDepth;

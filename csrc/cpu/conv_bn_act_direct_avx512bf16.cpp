@@ -108,7 +108,7 @@ constexpr auto kMultiplyRowsBf16 = []<int... R>(std::integer_sequence<int, R...>
 struct DirectBf16 {
   using T = bf16;
   using Packed = bf16;
-  static constexpr bool kFinishes = true;
+  static constexpr bool kFinishes = true, kBlockStays = false;
   static constexpr int64_t kBlock = kPacked * kLanes, kPair = 2;
   // One panel: windows of any depth can be read out of a band.
   static constexpr int64_t kDepth = int64_t(1) << 20, kBandRows = 7;

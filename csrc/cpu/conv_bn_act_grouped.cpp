@@ -39,16 +39,19 @@ struct TileAt {
   const T* zeros;
 };
 
-// One vector of x: where a window's column lies outside the image, zeros. kInside: none does, and
-// the block is whole.
-template <bool kInside, typename T, typename Vec>
+// What has to be looked at where a tile is loaded: nothing, whether a column lies inside the image,
+// or that and how many lanes there are.
+enum class Edge { none, columns, lanes };
+
+// One vector of x: where a window's column lies outside the image, zeros.
+template <Edge kEdge, typename T, typename Vec>
 RF_INLINE inline void load_column(const Geometry& g, const TileAt<T>& at, const T* from, int64_t w,
                                   Vec* x) {
-  if constexpr (kInside) {
+  if constexpr (kEdge == Edge::none) {
     load_lanes(from, x);
   } else {
     const T* start = w >= 0 && w < g.in[2] ? from : at.zeros;
-    if (at.channels == int64_t(sizeof(Vec) / sizeof(float))) {
+    if constexpr (kEdge == Edge::columns) {
       load_lanes(start, x);
     } else {
       load_some_lanes(start, at.channels, x);
@@ -58,8 +61,8 @@ RF_INLINE inline void load_column(const Geometry& g, const TileAt<T>& at, const 
 
 // acc = the sums of a tile's windows. Where the width of the kernel kWidth and the stride kStride
 // are known, and columns are neighbours, each is loaded, and permuted, once for all windows that it
-// is part of.
-template <bool kInside, bool kDepthwise, int kWidth, int kStride, typename T, typename Vec>
+// is part of: a line's weights and the sums stay in registers, 16 of them for a width of 5.
+template <Edge kEdge, bool kDepthwise, int kWidth, int kStride, typename T, typename Vec>
 RF_INLINE inline void sum_windows(const Geometry& g, const TileAt<T>& at, const float* packed,
                                   Vec (&acc)[kPixels]) {
   using Index = typename Integers<sizeof(Vec)>::Word;
@@ -81,25 +84,25 @@ RF_INLINE inline void sum_windows(const Geometry& g, const TileAt<T>& at, const 
     if constexpr (kWidth > 0) {
       constexpr int kColumns = (kPixels - 1) * kStride + kWidth;
       for (int64_t v = 0; v < vectors; ++v) {
-        Vec x[kColumns];
-#pragma GCC unroll 32
-        for (int q = 0; q < kColumns; ++q) {
-          load_column<kInside>(g, at, line + v * kCount + q * g.channels, at.w + q, &x[q]);
-        }
         const float* factors = packed + v * kCount * kCount;
         Index index = first;
         for (int64_t c = 0; c < a_vector; ++c, index += 1, factors += kCount) {
-          Vec spread[kColumns];
-#pragma GCC unroll 32
-          for (int q = 0; q < kColumns; ++q) {
-            spread[q] = kDepthwise ? x[q] : Vec(__builtin_shuffle(x[q], index));
-          }
+          Vec factor[kWidth];
 #pragma GCC unroll 8
           for (int j = 0; j < kWidth; ++j) {
-            Vec factor;
-            std::memcpy(&factor, factors + j * per_group * kCount, sizeof(Vec));
+            std::memcpy(&factor[j], factors + j * per_group * kCount, sizeof(Vec));
+          }
+#pragma GCC unroll 32
+          for (int q = 0; q < kColumns; ++q) {
+            Vec x;
+            load_column<kEdge>(g, at, line + v * kCount + q * g.channels, at.w + q, &x);
+            if constexpr (!kDepthwise) x = Vec(__builtin_shuffle(x, index));
 #pragma GCC unroll 8
-            for (int p = 0; p < kPixels; ++p) acc[p] += spread[p * kStride + j] * factor;
+            for (int j = 0; j < kWidth; ++j) {
+              const int ahead = q - j;
+              if (ahead < 0 || ahead % kStride != 0 || ahead / kStride >= kPixels) continue;
+              acc[ahead / kStride] += x * factor[j];
+            }
           }
         }
       }
@@ -110,8 +113,7 @@ RF_INLINE inline void sum_windows(const Geometry& g, const TileAt<T>& at, const 
 #pragma GCC unroll 8
         for (int p = 0; p < kPixels; ++p) {
           const int64_t column = j * g.dilation[2] + p * g.stride[2];
-          load_column<kInside>(g, at, line + v * kCount + column * g.channels, at.w + column,
-                               &x[p]);
+          load_column<kEdge>(g, at, line + v * kCount + column * g.channels, at.w + column, &x[p]);
         }
         const float* factors = packed + step * a_vector * kCount;
         Index index = first;
@@ -128,106 +130,137 @@ RF_INLINE inline void sum_windows(const Geometry& g, const TileAt<T>& at, const 
   }
 }
 
-// y of one tile from its sums; `c` is the block's first channel, y and residual start there.
-template <int kBytes, typename T, typename Vec>
-RF_INLINE inline void finish_tile(const DirectOperands<T>& o, const Clamp& clamp, int64_t filters,
-                                  int64_t c, int64_t channels, int64_t count, const T* residual,
-                                  T* y, const Vec (&acc)[kPixels]) {
-  constexpr int64_t kCount = kBytes / 4;
-  if (clamp.is_clamp && channels == kCount) {
-    Vec scale, shift;
-    std::memcpy(&scale, o.scale + c, sizeof(Vec));
-    std::memcpy(&shift, o.shift + c, sizeof(Vec));
-    const Vec low = Vec{} + clamp.low, high = Vec{} + clamp.high;
-#pragma GCC unroll 8
-    for (int p = 0; p < kPixels; ++p) {
-      if (p >= count) break;
-      Vec z = acc[p] * scale + shift;
-      if (residual != nullptr) {
-        Vec r;
-        load_lanes(residual + p * filters, &r);
-        z += r;
-      }
-      // NaN fails both comparisons and stays.
-      z = z < low ? low : z;
-      z = z > high ? high : z;
-      store_lanes(z, y + p * filters);
-    }
-    return;
-  }
-  float sums[kPixels][kCount];
-  std::memcpy(sums, &acc, sizeof(sums));
-  with_act(o.act, [&](auto tag) RF_INLINE {
-    for (int64_t p = 0; p < count; ++p) {
-      finish_row(tag, channels, sums[p], o.scale + c, o.shift + c,
-                 residual == nullptr ? nullptr : residual + p * filters, y + p * filters);
-    }
+// finish_tile's detour, of part of a vector or an activation that is no clamp: compiled once for an
+// instruction set, and called.
+template <Isa I, typename T>
+void finish_values(const DirectOperands<T>& o, int64_t filters, int64_t c, int64_t channels,
+                   int64_t count, const T* residual, T* y, const float* sums) {
+  constexpr int64_t kCount = kLanes<I>;
+  run_on<I>([&](auto) RF_INLINE {
+    with_act(o.act, [&](auto tag) RF_INLINE {
+      const auto finish = [&](auto length) RF_INLINE {
+        for (int64_t p = 0; p < count; ++p) {
+          finish_row(tag, length, sums + p * kCount, o.scale + c, o.shift + c,
+                     residual == nullptr ? nullptr : residual + p * filters, y + p * filters);
+        }
+      };
+      if (channels == kCount) return finish(std::integral_constant<int64_t, kCount>{});
+      finish(channels);
+    });
   });
 }
 
+// y of one tile from its sums; `c` is the block's first channel, y and residual start there.
+template <Isa I, typename T, typename Vec>
+RF_INLINE inline void finish_tile(const DirectOperands<T>& o, const Clamp& clamp, int64_t filters,
+                                  int64_t c, int64_t channels, int64_t count, const T* residual,
+                                  T* y, const Vec (&acc)[kPixels]) {
+  if (!clamp.is_clamp || channels < kLanes<I>) {
+    float sums[kPixels * kLanes<I>];
+    std::memcpy(sums, &acc, sizeof(sums));
+    return finish_values<I>(o, filters, c, channels, count, residual, y, sums);
+  }
+  Vec scale, shift;
+  std::memcpy(&scale, o.scale + c, sizeof(Vec));
+  std::memcpy(&shift, o.shift + c, sizeof(Vec));
+  const Vec low = Vec{} + clamp.low, high = Vec{} + clamp.high;
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p) {
+    if (p >= count) break;
+    Vec z = acc[p] * scale + shift;
+    if (residual != nullptr) {
+      Vec r;
+      load_lanes(residual + p * filters, &r);
+      z += r;
+    }
+    // NaN fails both comparisons and stays.
+    z = z < low ? low : z;
+    z = z > high ? high : z;
+    store_lanes(z, y + p * filters);
+  }
+}
+
+// How the work is cut: lines of an image, and channels where there are few of them.
+struct GroupedCut {
+  int64_t lines, bands, chunks;
+
+  // A chunk is of whole lines of the cache.
+  GroupedCut(const Geometry& g, int64_t threads) {
+    lines = g.batch * g.out[1] >= threads * 4 * kLines ? kLines : 1;
+    bands = (g.out[1] + lines - 1) / lines;
+    const int64_t wanted = (threads * 4 * kLines + g.batch * bands - 1) / (g.batch * bands);
+    chunks = std::clamp<int64_t>(wanted, 1, (g.channels + 63) / 64);
+  }
+};
+
 template <bool kDepthwise, int kWidth, int kStride, Isa I, typename T>
-RF_INLINE inline void grouped_tasks(const Geometry& g, const DirectOperands<T>& o, int64_t lines,
-                                    int64_t begin, int64_t end) {
-  constexpr int kBytes = Tile<I>::kBytes;
+RF_INLINE inline void grouped_tasks(const Geometry& g, const DirectOperands<T>& o,
+                                    const GroupedCut& cut, int64_t begin, int64_t end) {
+  using Vec = typename Tile<I>::Vec;
   constexpr int64_t kCount = kLanes<I>;
-  typedef float Vec __attribute__((vector_size(kBytes)));
+  // Vectors that share a line of the cache are computed one after the other.
+  constexpr int64_t kLine = std::max<int64_t>(kCount, 64 / sizeof(T));
   const Clamp clamp = clamp_of(o.act);
-  const int64_t bands = (g.out[1] + lines - 1) / lines;
   const int64_t block_size = g.taps() * g.group_channels() * kCount;
   const int64_t tiles = (g.out[2] + kPixels - 1) / kPixels;
-  const int64_t reach = (g.kernel[2] - 1) * g.dilation[2];
+  const Cut tile_cut(g.out[2], tiles), channel_cut((g.channels + kLine - 1) / kLine, cut.chunks);
+  const int64_t reach = (kPixels - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
   const T zeros[kCount] = {};
+  const auto tile_at = [&](int64_t n, int64_t h, int64_t tile, int64_t c) RF_INLINE {
+    TileAt<T> at{};
+    const int64_t group = c / g.group_channels() * g.group_channels();
+    at.image = o.x + n * g.in[1] * g.in[2] * g.channels + group;
+    at.vectors = std::max<int64_t>(1, g.group_channels() / kCount);
+    at.channels = std::min(kCount, g.channels - c);
+    at.zeros = zeros;
+    at.h = h * g.stride[1] - g.padding[1];
+    const int64_t w = tile_cut.at(tile);
+    at.count = tile_cut.at(tile + 1) - w;
+    at.w = w * g.stride[2] - g.padding[2];
+    const bool inside = at.w >= 0 && at.count == kPixels && at.w + reach < g.in[2];
+    const float* packed = static_cast<const float*>(o.packed) + c / kCount * block_size;
+    Vec acc[kPixels];
+    if (at.channels < kCount) {
+      sum_windows<Edge::lanes, kDepthwise, 0, 0>(g, at, packed, acc);
+    } else if (inside) {
+      sum_windows<Edge::none, kDepthwise, kWidth, kStride>(g, at, packed, acc);
+    } else {
+      sum_windows<Edge::columns, kDepthwise, kWidth, kStride>(g, at, packed, acc);
+    }
+    const int64_t out = ((n * g.out[1] + h) * g.out[2] + w) * g.filters + c;
+    finish_tile<I>(o, clamp, g.filters, c, at.channels, at.count,
+                o.residual == nullptr ? nullptr : o.residual + out, o.y + out, acc);
+  };
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t n = task / bands, h0 = task % bands * lines;
-    const int64_t h1 = std::min(g.out[1], h0 + lines);
-    for (int64_t c = 0; c < g.channels; c += kCount) {
-      TileAt<T> at{};
-      const int64_t group = c / g.group_channels() * g.group_channels();
-      at.image = o.x + n * g.in[1] * g.in[2] * g.channels + group;
-      at.vectors = std::max<int64_t>(1, g.group_channels() / kCount);
-      at.channels = std::min(kCount, g.channels - c);
-      at.zeros = zeros;
-      const float* packed = static_cast<const float*>(o.packed) + c / kCount * block_size;
+    const int64_t n = task / cut.chunks / cut.bands;
+    const int64_t h0 = task / cut.chunks % cut.bands * cut.lines;
+    const int64_t h1 = std::min(g.out[1], h0 + cut.lines);
+    const int64_t c0 = channel_cut.at(task % cut.chunks) * kLine;
+    const int64_t c1 = std::min(g.channels, channel_cut.at(task % cut.chunks + 1) * kLine);
+    for (int64_t line = c0; line < c1; line += kLine) {
       for (int64_t h = h0; h < h1; ++h) {
-        at.h = h * g.stride[1] - g.padding[1];
         for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t w = cut_at(g.out[2], tiles, tile);
-          at.count = cut_at(g.out[2], tiles, tile + 1) - w;
-          at.w = w * g.stride[2] - g.padding[2];
-          const bool inside = at.w >= 0 && at.count == kPixels && at.channels == kCount &&
-                              at.w + (kPixels - 1) * g.stride[2] + reach < g.in[2];
-          Vec acc[kPixels];
-          if (inside) {
-            sum_windows<true, kDepthwise, kWidth, kStride>(g, at, packed, acc);
-          } else {
-            sum_windows<false, kDepthwise, kWidth, kStride>(g, at, packed, acc);
+          for (int64_t c = line; c < std::min(c1, line + kLine); c += kCount) {
+            tile_at(n, h, tile, c);
           }
-          const int64_t out = ((n * g.out[1] + h) * g.out[2] + w) * g.filters + c;
-          finish_tile<kBytes>(o, clamp, g.filters, c, at.channels, at.count,
-                              o.residual == nullptr ? nullptr : o.residual + out, o.y + out, acc);
         }
       }
     }
   }
 }
 
-// f(depthwise, width, stride) with what is known of the window at compile time: the usual ones,
-// where the sums of a tile and all of its columns fit the registers.
+// f(depthwise, width, stride) with what is known of the window at compile time: the usual ones.
 template <Isa I, typename F>
 void with_window(const Geometry& g, const F& f) {
   using std::bool_constant, std::integral_constant;
   const auto with = [&](auto depthwise) {
-    if constexpr (I == Isa::avx512) {
-      const int64_t width = g.kernel[2], stride = g.stride[2];
-      if (g.dilation[2] == 1 && width == 3 && stride == 1) {
-        return f(depthwise, integral_constant<int, 3>{}, integral_constant<int, 1>{});
-      }
-      if (g.dilation[2] == 1 && width == 3 && stride == 2) {
-        return f(depthwise, integral_constant<int, 3>{}, integral_constant<int, 2>{});
-      }
-      if (g.dilation[2] == 1 && width == 5 && stride == 1) {
-        return f(depthwise, integral_constant<int, 5>{}, integral_constant<int, 1>{});
-      }
+    if constexpr (I != Isa::baseline) {
+      const int64_t width = g.dilation[2] == 1 ? g.kernel[2] : 0, stride = g.stride[2];
+      const auto is = [&](int64_t w, int64_t s) { return width == w && stride == s; };
+      if (is(3, 1)) return f(depthwise, integral_constant<int, 3>{}, integral_constant<int, 1>{});
+      if (is(3, 2)) return f(depthwise, integral_constant<int, 3>{}, integral_constant<int, 2>{});
+      if (is(5, 1)) return f(depthwise, integral_constant<int, 5>{}, integral_constant<int, 1>{});
+      if (is(5, 2)) return f(depthwise, integral_constant<int, 5>{}, integral_constant<int, 2>{});
     }
     f(depthwise, integral_constant<int, 0>{}, integral_constant<int, 0>{});
   };
@@ -275,14 +308,13 @@ void pack_grouped(const T* from, int64_t filters, int64_t group_channels, int64_
 
 template <typename T>
 void grouped(const Geometry& g, const DirectOperands<T>& o) {
-  // Few lines a task where there are few, so that each thread gets some.
-  const int64_t lines = g.batch * g.out[1] >= worker_count() * 4 * kLines ? kLines : 1;
+  const GroupedCut cut(g, worker_count());
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
-    const int64_t tasks = g.batch * ((g.out[1] + lines - 1) / lines);
     with_window<kIsa>(g, [&](auto depthwise, auto width, auto stride) {
-      parallel_on<kIsa>(tasks, [&](int64_t begin, int64_t end) RF_INLINE {
-        grouped_tasks<depthwise, width, stride, kIsa>(g, o, lines, begin, end);
+      parallel_on<kIsa>(g.batch * cut.bands * cut.chunks, [&](int64_t begin, int64_t end)
+                                                              RF_INLINE {
+        grouped_tasks<depthwise, width, stride, kIsa>(g, o, cut, begin, end);
       });
     });
   });

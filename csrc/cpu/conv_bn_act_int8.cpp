@@ -84,7 +84,7 @@ template <Isa I>
 struct DirectPlain {
   using T = uint8_t;
   using Packed = int8_t;
-  static constexpr bool kFinishes = false;
+  static constexpr bool kFinishes = false, kBlockStays = false;
   static constexpr int64_t kBlock = 2 * Tile<I>::kBytes / 4, kPair = 1;
   static constexpr int64_t kDepth = Panel<uint8_t>::kDepth, kBandRows = 4;
   static constexpr int kRows = Tile<I>::kRows;

@@ -109,7 +109,7 @@ constexpr auto kMultiplyRowsInt8 = []<int... R>(std::integer_sequence<int, R...>
 struct DirectVnni {
   using T = uint8_t;
   using Packed = int8_t;
-  static constexpr bool kFinishes = true;
+  static constexpr bool kFinishes = true, kBlockStays = false;
   static constexpr int64_t kBlock = kPacked * kLanes, kPair = 4;
   // A filter's weights are few bytes: one panel, and windows of any depth can be read out of a
   // band.

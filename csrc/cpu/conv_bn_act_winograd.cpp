@@ -216,13 +216,17 @@ RF_INLINE inline void transform_output(const Plane& g, const Epilogue<T>& e, con
     if (!finite) repair<M, NR>(g, e, image, h0, w0, k0, columns, patch);
     if (in_registers && finite) continue;
     with_act(e.act, [&](auto tag) RF_INLINE {
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < width; ++j) {
-          const int64_t out = y_at(image, h0 + i, w0 + j);
-          finish_row(tag, columns, patch[i][j], e.scale + k0, e.shift + k0,
-                     e.residual == nullptr ? nullptr : e.residual + out, e.y + out);
+      const auto finish = [&](auto length) RF_INLINE {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < width; ++j) {
+            const int64_t out = y_at(image, h0 + i, w0 + j);
+            finish_row(tag, length, patch[i][j], e.scale + k0, e.shift + k0,
+                       e.residual == nullptr ? nullptr : e.residual + out, e.y + out);
+          }
         }
-      }
+      };
+      if (columns == NR) return finish(std::integral_constant<int64_t, NR>{});
+      finish(columns);
     });
   }
 }
@@ -238,14 +242,14 @@ RF_INLINE inline void filter_block(const Plane& g, const Epilogue<T>& e, const f
   const int64_t v_row = row_stride(g.channels);
   const int64_t s_plane = plane_stride(count * NR);
   const int64_t pieces = (count + kRows - 1) / kRows;
+  const Cut piece_cut(count, pieces);
   const int64_t chain = chain_of(g.channels);
   const float* u = packed + kb * kElements * g.channels * NR;
   for (int element = 0; element < kElements; ++element) {
     for (int64_t c = 0; c < g.channels; c += kDepth) {
       const int64_t depth = std::min(kDepth, g.channels - c);
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t row = cut_at(count, pieces, piece);
-        const int64_t rows = cut_at(count, pieces, piece + 1) - row;
+        const int64_t row = piece_cut.at(piece), rows = piece_cut.at(piece + 1) - row;
         TileOut<float> out{};
         out.sums = sums + element * s_plane + row * NR;
         out.sums_stride = NR;

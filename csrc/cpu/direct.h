@@ -150,22 +150,26 @@ RF_INLINE inline void requantize_row(ActT, int64_t length, const int32_t* __rest
 }
 
 // The epilogue outside the registers: of `rows` sums of `columns` filters from filter k0, for y
-// from element `at`.
-template <typename T>
+// from element `at`. kWhole columns, the usual number, are code without a loop around it.
+template <int64_t kWhole = 0, typename T>
 RF_INLINE inline void finish_rows(const DirectOperands<T>& o, int64_t filters, int64_t rows,
                                   int64_t columns, const typename SumOf<T>::type* sums,
                                   int64_t sums_stride, int64_t k0, int64_t at) {
   with_act(o.act, [&](auto tag) RF_INLINE {
-    for (int64_t i = 0; i < rows; ++i, at += filters) {
-      const T* const residual = o.residual == nullptr ? nullptr : o.residual + at;
-      if constexpr (std::is_same_v<T, uint8_t>) {
-        requantize_row(tag, columns, sums + i * sums_stride, o.scale + k0, o.shift + k0, residual,
-                       o.grid, o.clamp(), o.y + at);
-      } else {
-        finish_row(tag, columns, sums + i * sums_stride, o.scale + k0, o.shift + k0, residual,
-                   o.y + at);
+    const auto finish = [&](auto length) RF_INLINE {
+      for (int64_t i = 0, to = at; i < rows; ++i, to += filters) {
+        const T* const residual = o.residual == nullptr ? nullptr : o.residual + to;
+        if constexpr (std::is_same_v<T, uint8_t>) {
+          requantize_row(tag, length, sums + i * sums_stride, o.scale + k0, o.shift + k0, residual,
+                         o.grid, o.clamp(), o.y + to);
+        } else {
+          finish_row(tag, length, sums + i * sums_stride, o.scale + k0, o.shift + k0, residual,
+                     o.y + to);
+        }
       }
-    }
+    };
+    if (kWhole > 0 && columns == kWhole) return finish(std::integral_constant<int64_t, kWhole>{});
+    finish(columns);
   });
 }
 
@@ -180,9 +184,12 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   const Clamp clamp = o.clamp();
   // A classifier's sums are the network's result, and so few that short chains cost nothing.
   const int64_t chain = pixels == g.batch ? std::min<int64_t>(K::kChain, kShortChain) : K::kChain;
-  // Rows a multiple of 2 KiB apart would share two cache sets.
+  // In place, rows a multiple of 2 KiB apart would share two sets of the cache. Elsewhere several
+  // panels are read in place where one block of weights serves a few rows at a time.
+  const bool spread = K::kBlockStays && g.channels * int64_t(sizeof(T)) % 1024 != 0;
   const bool in_place = g.taps() == 1 && g.pixels() == g.batch * g.in[0] * g.in[1] * g.in[2] &&
-                        g.padding == std::array<int64_t, 3>{} && depth <= kDepth && depth == padded;
+                        g.padding == std::array<int64_t, 3>{} && depth == padded &&
+                        (depth <= kDepth || spread);
   // Rows of the panel are an odd number of cache lines apart.
   const int64_t panel_stride = ((std::min(padded, kDepth) + kLine - 1) / kLine | 1) * kLine;
   T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * panel_stride);
@@ -206,6 +213,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
     const int64_t first_block = cut_at(cut.blocks, cut.strips, strip);
     const int64_t last_block = cut_at(cut.blocks, cut.strips, strip + 1);
     const int64_t pieces = (count + kRows - 1) / kRows;
+    const Cut piece_cut(count, pieces);
     windows_of(g, pixel, count, windows);
     int64_t count_ahead = 0;
     if (task + 1 < end) {
@@ -217,7 +225,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
     for (int64_t d0 = 0; d0 < depth; d0 += kDepth) {
       const int64_t d1 = std::min(depth, d0 + kDepth);
       const int64_t columns = std::min(padded - d0, kDepth);
-      const T* panel = o.x + pixel * g.channels + group * width;
+      const T* panel = o.x + pixel * g.channels + group * width + d0;
       if (!in_place) {
         panel = gathered;
         const Runs runs(g, group * width, width, d0, d1);
@@ -241,32 +249,45 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       out.low = clamp.low;
       out.high = clamp.high;
       out.residual_scale = o.grid.residual;
-      // All filters of a few pixels, then the next pixels: y is written line by line.
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t row = cut_at(count, pieces, piece);
-        const int64_t rows = cut_at(count, pieces, piece + 1) - row;
-        for (int64_t i = cut_at(due, pieces, piece); i < cut_at(due, pieces, piece + 1); ++i) {
+      const auto bring = [&](int64_t begin_row, int64_t end_row) RF_INLINE {
+        for (int64_t i = begin_row; i < end_row; ++i) {
           prefetch_row(g, o.x, same ? windows[i] : ahead[i], runs_ahead);
         }
-        for (int64_t block = first_block; block < last_block; ++block) {
-          const int64_t k0 = group * filters + block * NR;
-          const int64_t columns_left = std::min(NR, filters - block * NR);
-          const bool half = columns_left <= NR / 2;  // the second vector would be of zeros
-          const bool whole = K::kFinishes && columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
-          const int64_t at = (pixel + row) * g.filters + k0;
-          const typename K::Packed* packed =
-              all_packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
-          out.last = d1 == depth && whole;
-          out.scale = o.scale + k0;
-          out.shift = o.shift + k0;
-          out.sums = sums + row * sums_stride + (block - first_block) * NR;
-          out.y = o.y + at;
-          out.residual = o.residual == nullptr ? nullptr : o.residual + at;
-          K::multiply(rows, {panel + row * row_stride, row_stride, columns, 0}, packed, columns,
-                      out, half);
-          if (d1 == depth && !whole) {
-            finish_rows(o, g.filters, rows, columns_left, out.sums, sums_stride, k0, at);
-          }
+      };
+      const auto multiply = [&](int64_t piece, int64_t block) RF_INLINE {
+        const int64_t row = piece_cut.at(piece), rows = piece_cut.at(piece + 1) - row;
+        const int64_t k0 = group * filters + block * NR;
+        const int64_t columns_left = std::min(NR, filters - block * NR);
+        const bool half = columns_left <= NR / 2;  // the second vector would be of zeros
+        const bool whole = K::kFinishes && columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
+        const int64_t at = (pixel + row) * g.filters + k0;
+        const typename K::Packed* packed =
+            all_packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
+        out.last = d1 == depth && whole;
+        out.scale = o.scale + k0;
+        out.shift = o.shift + k0;
+        out.sums = sums + row * sums_stride + (block - first_block) * NR;
+        out.y = o.y + at;
+        out.residual = o.residual == nullptr ? nullptr : o.residual + at;
+        K::multiply(rows, {panel + row * row_stride, row_stride, columns, 0}, packed, columns, out,
+                    half);
+        if (d1 == depth && !whole) {
+          finish_rows<K::kFinishes ? NR : 0>(o, g.filters, rows, columns_left, out.sums, sums_stride, k0, at);
+        }
+      };
+      if constexpr (K::kBlockStays) {
+        // A few filters of all pixels, then the next filters: their weights stay in the first-level
+        // cache.
+        const int64_t blocks = last_block - first_block;
+        for (int64_t b = 0; b < blocks; ++b) {
+          bring(cut_at(due, blocks, b), cut_at(due, blocks, b + 1));
+          for (int64_t piece = 0; piece < pieces; ++piece) multiply(piece, first_block + b);
+        }
+      } else {
+        // All filters of a few pixels, then the next pixels: y is written line by line.
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          bring(cut_at(due, pieces, piece), cut_at(due, pieces, piece + 1));
+          for (int64_t block = first_block; block < last_block; ++block) multiply(piece, block);
         }
       }
     }

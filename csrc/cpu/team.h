@@ -13,10 +13,15 @@
 
 namespace resnet_fast::cpu {
 
-// `total` cut into `parts` pieces that differ by one at most: the first element of piece `i`.
-inline int64_t cut_at(int64_t total, int64_t parts, int64_t i) {
-  return total / parts * i + std::min(i, total % parts);
-}
+// `total` cut into `parts` pieces that differ by one at most. It divides once, for all pieces.
+struct Cut {
+  int64_t each, left;
+  Cut(int64_t total, int64_t parts) : each(total / parts), left(total % parts) {}
+  // The first element of piece `i`.
+  int64_t at(int64_t i) const { return each * i + std::min(i, left); }
+};
+
+inline int64_t cut_at(int64_t total, int64_t parts, int64_t i) { return Cut(total, parts).at(i); }
 
 inline void relax() {
 #if defined(__x86_64__)

@@ -12,24 +12,29 @@
 
 #include "../stable.h"
 #include "isa.h"
+#include "lanes.h"
 #include "team.h"
 
 namespace resnet_fast::cpu {
 
-// Vector width and register tile by instruction set: kRows * 2 sums, 2 vectors of weights.
+// Vector width and register tile by instruction set: kRows * 2 sums, 2 vectors of weights. The type
+// is written out, because GCC 12 confuses one whose size depends on a template's parameter.
 template <Isa I>
 struct Tile;
 template <>
 struct Tile<Isa::baseline> {
   static constexpr int kBytes = 16, kRows = 4;
+  typedef float Vec __attribute__((vector_size(16)));
 };
 template <>
 struct Tile<Isa::avx2> {
   static constexpr int kBytes = 32, kRows = 6;
+  typedef float Vec __attribute__((vector_size(32)));
 };
 template <>
 struct Tile<Isa::avx512> {
   static constexpr int kBytes = 64, kRows = 14;
+  typedef float Vec __attribute__((vector_size(64)));
 };
 
 // Grows only: a task's scratch is reused by the next task and the next call of its thread.
@@ -127,6 +132,38 @@ struct RowsOf {
 };
 using Rows = RowsOf<float>;
 
+// The epilogue of sums that are in registers.
+template <bool kAdds, typename Vec, int MR, int NV>
+RF_INLINE inline void finish_sums(const Vec (&acc)[MR][NV], const TileOut<float>& out) {
+  constexpr int kLanes = sizeof(Vec) / sizeof(float);
+  // Locals: what is stored through y might be any of out's fields, for all that the compiler knows.
+  const float* const residual = out.residual;
+  float* const y = out.y;
+  const int64_t stride = out.y_stride;
+  const Vec low = Vec{} + out.low, high = Vec{} + out.high;
+  Vec scale[NV], shift[NV];
+  // A vector at a time: one copy of all would go through the stack in pieces.
+  for (int v = 0; v < NV; ++v) {
+    load_lanes(out.scale + v * kLanes, &scale[v]);
+    load_lanes(out.shift + v * kLanes, &shift[v]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    for (int v = 0; v < NV; ++v) {
+      Vec z = acc[i][v] * scale[v] + shift[v];
+      if constexpr (kAdds) {
+        Vec r;
+        load_lanes(residual + i * stride + v * kLanes, &r);
+        z += r;
+      }
+      // NaN fails both comparisons and stays.
+      z = z < low ? low : z;
+      z = z > high ? high : z;
+      store_lanes(z, y + i * stride + v * kLanes);
+    }
+  }
+}
+
 // rows[MR][depth] * packed[depth][2 vectors], of which the first NV count. The sums stay in
 // registers; a row's value is broadcast from memory to all lanes.
 //
@@ -137,17 +174,15 @@ template <int kBytes, int MR, int NV>
 RF_INLINE inline void multiply_rows(const Rows& rows, const float* packed, int64_t depth,
                                     const TileOut<float>& out) {
   typedef float Vec __attribute__((vector_size(kBytes)));
-  constexpr int kLanes = kBytes / int(sizeof(float)), kPacked = 2;
+  constexpr int kLanes = kBytes / int(sizeof(float)), kPacked = 2, kLine = 64 / int(sizeof(float));
   Vec acc[MR][NV];
   if (out.last) {
     // What the epilogue touches comes from memory while the product runs: the rows are too far
     // apart and too short for the hardware to foresee.
     for (int i = 0; i < MR; ++i) {
-      for (int v = 0; v < NV; ++v) {
-        if (out.residual != nullptr) {
-          __builtin_prefetch(out.residual + i * out.y_stride + v * kLanes);
-        }
-        __builtin_prefetch(out.y + i * out.y_stride + v * kLanes, 1);
+      for (int at = 0; at < NV * kLanes; at += kLine) {
+        if (out.residual != nullptr) __builtin_prefetch(out.residual + i * out.y_stride + at);
+        __builtin_prefetch(out.y + i * out.y_stride + at, 1);
       }
     }
   }
@@ -164,8 +199,8 @@ RF_INLINE inline void multiply_rows(const Rows& rows, const float* packed, int64
       for (int64_t j = 0; j < count; ++j) {
         Vec b[NV];
         for (int v = 0; v < NV; ++v) std::memcpy(&b[v], packed + v * kLanes, kBytes);
-        for (int v = 0; v < NV; ++v) {
-          __builtin_prefetch(reinterpret_cast<const char*>(packed) + kAhead + v * kBytes);
+        for (int at = 0; at < NV * kLanes; at += kLine) {
+          __builtin_prefetch(packed + kAhead / int(sizeof(float)) + at);
         }
         packed += kPacked * kLanes;
 #pragma GCC unroll 16
@@ -202,25 +237,8 @@ RF_INLINE inline void multiply_rows(const Rows& rows, const float* packed, int64
     }
   } while (k1 < depth);
   if (!out.last) return;
-  Vec scale[NV], shift[NV];
-  std::memcpy(scale, out.scale, sizeof(scale));
-  std::memcpy(shift, out.shift, sizeof(shift));
-  const Vec low = Vec{} + out.low, high = Vec{} + out.high;
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-    for (int v = 0; v < NV; ++v) {
-      Vec z = acc[i][v] * scale[v] + shift[v];
-      if (out.residual != nullptr) {
-        Vec r;
-        std::memcpy(&r, out.residual + i * out.y_stride + v * kLanes, kBytes);
-        z += r;
-      }
-      // NaN fails both comparisons and stays.
-      z = z < low ? low : z;
-      z = z > high ? high : z;
-      std::memcpy(out.y + i * out.y_stride + v * kLanes, &z, kBytes);
-    }
-  }
+  if (out.residual != nullptr) return finish_sums<true>(acc, out);
+  finish_sums<false>(acc, out);
 }
 
 using MultiplyRows = void (*)(const Rows& rows, const float* packed, int64_t depth,

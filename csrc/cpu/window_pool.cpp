@@ -3,29 +3,66 @@
 #include <limits>
 
 #include "lanes.h"
-#include "team.h"
+#include "tile.h"
 
 namespace resnet_fast::cpu {
 namespace {
 
-constexpr int64_t kLanes = 16;  // values taken at a time: one AVX-512 vector of fp32
-typedef float Vec __attribute__((vector_size(64)));
+// Sixteen values, a line of memory, in vectors that fit the registers: the compiler takes wider ones
+// apart value by value where they are compared.
+template <typename Vec>
+struct Line {
+  static constexpr int kParts = 64 / sizeof(Vec);
+  static constexpr int64_t kLanes = sizeof(Vec) / sizeof(float);
+  Vec part[kParts] = {};
 
-// f(c, load, store) for the channels in steps of kLanes; load(from, vector) and store(vector, to)
-// move what there is of a step.
-template <typename F>
-RF_INLINE inline void each_step(int64_t channels, const F& f) {
+  // f(part of this, part of the other)
+  template <typename F>
+  RF_INLINE void with(const Line& other, const F& f) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) f(part[i], other.part[i]);
+  }
+};
+constexpr int64_t kLine = 16;
+
+// f(c, load, store) for the channels in steps of a line; load(from, line) and store(line, to) move
+// what there is of a step.
+template <typename Vec, typename F>
+RF_INLINE inline void each_line(int64_t channels, const F& f) {
+  constexpr int64_t kLanes = Line<Vec>::kLanes;
   int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
+  for (; c + kLine <= channels; c += kLine) {
     f(
-        c, [](const auto* from, Vec* to) RF_INLINE { load_lanes(from, to); },
-        [](const Vec& from, auto* to) RF_INLINE { store_lanes(from, to); });
+        c,
+        [](const auto* from, Line<Vec>* to)
+            RF_INLINE {
+              for (int i = 0; i < Line<Vec>::kParts; ++i) {
+                load_lanes(from + i * kLanes, &to->part[i]);
+              }
+            },
+        [](const Line<Vec>& from, auto* to) RF_INLINE {
+          for (int i = 0; i < Line<Vec>::kParts; ++i) store_lanes(from.part[i], to + i * kLanes);
+        });
   }
   if (c < channels) {
     const int64_t rest = channels - c;
     f(
-        c, [rest](const auto* from, Vec* to) RF_INLINE { load_some_lanes(from, rest, to); },
-        [rest](const Vec& from, auto* to) RF_INLINE { store_some_lanes(from, rest, to); });
+        c,
+        [rest](const auto* from, Line<Vec>* to)
+            RF_INLINE {
+              std::remove_cvref_t<decltype(*from)> values[kLine] = {};
+              std::memcpy(values, from, static_cast<size_t>(rest) * sizeof(*from));
+              for (int i = 0; i < Line<Vec>::kParts; ++i) {
+                load_lanes(values + i * kLanes, &to->part[i]);
+              }
+            },
+        [rest](const Line<Vec>& from, auto* to) RF_INLINE {
+          std::remove_cvref_t<decltype(*to)> values[kLine];
+          for (int i = 0; i < Line<Vec>::kParts; ++i) {
+            store_lanes(from.part[i], values + i * kLanes);
+          }
+          std::memcpy(to, values, static_cast<size_t>(rest) * sizeof(*to));
+        });
   }
 }
 
@@ -37,7 +74,7 @@ struct Inside {
         hi(start < size ? std::min(taps, (size - start + dilation - 1) / dilation) : 0) {}
 };
 
-template <typename T>
+template <typename Vec, typename T>
 RF_INLINE inline void max_row(const Geometry& g, const T* image, int64_t oh, T* y) {
   const int64_t channels = g.channels;
   const int64_t h0 = oh * g.stride[1] - g.padding[1];
@@ -45,24 +82,26 @@ RF_INLINE inline void max_row(const Geometry& g, const T* image, int64_t oh, T* 
   for (int64_t ow = 0; ow < g.out[2]; ++ow, y += channels) {
     const int64_t w0 = ow * g.stride[2] - g.padding[2];
     const Inside columns(w0, g.kernel[2], g.dilation[2], g.in[2]);
-    each_step(channels, [&](int64_t c, auto load, auto store) RF_INLINE {
-      Vec most = Vec{} - std::numeric_limits<float>::infinity(), nan = {};
+    each_line<Vec>(channels, [&](int64_t c, auto load, auto store) RF_INLINE {
+      Line<Vec> most, nan, v;
+      most.with(most, [](Vec& m, const Vec&)
+                          RF_INLINE { m = Vec{} - std::numeric_limits<float>::infinity(); });
       for (int64_t i = rows.lo; i < rows.hi; ++i) {
         const T* line = image + (h0 + i * g.dilation[1]) * g.in[2] * channels + c;
         for (int64_t j = columns.lo; j < columns.hi; ++j) {
-          Vec v;
           load(line + (w0 + j * g.dilation[2]) * channels, &v);
-          most = most < v ? v : most;  // not where v is NaN
-          nan = v == v ? nan : v;
+          most.with(v, [](Vec& m, const Vec& x) RF_INLINE { m = m < x ? x : m; });  // not NaN
+          nan.with(v, [](Vec& n, const Vec& x) RF_INLINE { n = x == x ? n : x; });
         }
       }
-      most = nan == nan ? most : nan;
+      most.with(nan, [](Vec& m, const Vec& n) RF_INLINE { m = n == n ? m : n; });
       store(most, y + c);
     });
   }
 }
 
 // The same of bytes, a tap at a time over all channels: nothing is NaN, and a vector holds 64.
+template <typename Vec>
 RF_INLINE inline void max_row(const Geometry& g, const uint8_t* image, int64_t oh, uint8_t* y) {
   const int64_t channels = g.channels;
   const int64_t h0 = oh * g.stride[1] - g.padding[1];
@@ -82,6 +121,39 @@ RF_INLINE inline void max_row(const Geometry& g, const uint8_t* image, int64_t o
   }
 }
 
+// to = the mean of `channels` channels over `pixels` pixels that are `stride` values apart.
+template <typename Vec, typename T>
+RF_INLINE inline void mean_of(int64_t pixels, int64_t stride, int64_t channels, const T* from,
+                              T* to) {
+  constexpr int64_t kChain = 8;  // pixels added one after the other (tile.h)
+  const float count = static_cast<float>(pixels);
+  each_line<Vec>(channels, [&](int64_t c, auto load, auto store) RF_INLINE {
+    Line<Vec> sum, v;
+    for (int64_t first = 0; first < pixels; first += kChain) {
+      Line<Vec> part;
+      for (int64_t p = first; p < std::min(pixels, first + kChain); ++p) {
+        load(from + p * stride + c, &v);
+        part.with(v, [](Vec& a, const Vec& b) RF_INLINE { a += b; });
+      }
+      sum.with(part, [](Vec& a, const Vec& b) RF_INLINE { a += b; });
+    }
+    sum.with(sum, [count](Vec& a, const Vec&) RF_INLINE { a /= Vec{} + count; });
+    store(sum, to + c);
+  });
+}
+
+// One pixel of gate_channels.
+template <typename Vec, typename T>
+RF_INLINE inline void gate_pixel(int64_t channels, const T* from, const T* by, T* to) {
+  each_line<Vec>(channels, [&](int64_t c, auto load, auto store) RF_INLINE {
+    Line<Vec> v, factor;
+    load(from + c, &v);
+    load(by + c, &factor);
+    v.with(factor, [](Vec& a, const Vec& b) RF_INLINE { a *= b; });
+    store(v, to + c);
+  });
+}
+
 }  // namespace
 
 template <typename T>
@@ -91,7 +163,7 @@ void max_pool(const Geometry& g, const T* x, T* y) {
     constexpr Isa kIsa = decltype(isa)::value;
     parallel_on<kIsa>(g.batch * g.out[1], [&](int64_t begin, int64_t end) RF_INLINE {
       for (int64_t at = begin; at < end; ++at) {
-        max_row(g, x + at / g.out[1] * image, at % g.out[1], y + at * row);
+        max_row<typename Tile<kIsa>::Vec>(g, x + at / g.out[1] * image, at % g.out[1], y + at * row);
       }
     });
   });
@@ -99,30 +171,15 @@ void max_pool(const Geometry& g, const T* x, T* y) {
 
 template <typename T>
 void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const T* x, T* y) {
-  constexpr int64_t kPiece = 8 * kLanes;  // channels a task takes: whole lines of memory
-  constexpr int64_t kChain = 8;           // pixels added one after the other (tile.h)
+  constexpr int64_t kPiece = 8 * kLine;  // channels a task takes
   const int64_t pieces = (channels + kPiece - 1) / kPiece;
-  const float count = static_cast<float>(pixels);
   run_on_isa([&](auto isa) {
-    parallel_on<decltype(isa)::value>(batch * pieces, [&](int64_t begin, int64_t end) RF_INLINE {
+    constexpr Isa kIsa = decltype(isa)::value;
+    parallel_on<kIsa>(batch * pieces, [&](int64_t begin, int64_t end) RF_INLINE {
       for (int64_t at = begin; at < end; ++at) {
-        const int64_t c0 = at % pieces * kPiece;
-        const T* from = x + at / pieces * pixels * channels + c0;
-        T* to = y + at / pieces * channels + c0;
-        each_step(std::min(kPiece, channels - c0), [&](int64_t c, auto load, auto store) RF_INLINE {
-          Vec sum = {};
-          for (int64_t first = 0; first < pixels; first += kChain) {
-            Vec part = {};
-            for (int64_t p = first; p < std::min(pixels, first + kChain); ++p) {
-              Vec v;
-              load(from + p * channels + c, &v);
-              part += v;
-            }
-            sum += part;
-          }
-          sum /= Vec{} + count;
-          store(sum, to + c);
-        });
+        const int64_t n = at / pieces, c = at % pieces * kPiece;
+        mean_of<typename Tile<kIsa>::Vec>(pixels, channels, std::min(kPiece, channels - c),
+                      x + n * pixels * channels + c, y + n * channels + c);
       }
     });
   });
@@ -132,17 +189,11 @@ template <typename T>
 void gate_channels(int64_t batch, int64_t pixels, int64_t channels, const T* x, const T* gate,
                    T* y) {
   run_on_isa([&](auto isa) {
-    parallel_on<decltype(isa)::value>(batch * pixels, [&](int64_t begin, int64_t end) RF_INLINE {
+    constexpr Isa kIsa = decltype(isa)::value;
+    parallel_on<kIsa>(batch * pixels, [&](int64_t begin, int64_t end) RF_INLINE {
       for (int64_t at = begin; at < end; ++at) {
-        const T *from = x + at * channels, *by = gate + at / pixels * channels;
-        T* to = y + at * channels;
-        each_step(channels, [&](int64_t c, auto load, auto store) RF_INLINE {
-          Vec v, factor;
-          load(from + c, &v);
-          load(by + c, &factor);
-          v *= factor;
-          store(v, to + c);
-        });
+        gate_pixel<typename Tile<kIsa>::Vec>(channels, x + at * channels, gate + at / pixels * channels,
+                         y + at * channels);
       }
     });
   });
