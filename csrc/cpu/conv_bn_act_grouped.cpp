@@ -229,7 +229,7 @@ RF_INLINE inline void grouped_tasks(const Geometry& g, const DirectOperands<T>& 
     }
     const int64_t out = ((n * g.out[1] + h) * g.out[2] + w) * g.filters + c;
     finish_tile<I>(o, clamp, g.filters, c, at.channels, at.count,
-                o.residual == nullptr ? nullptr : o.residual + out, o.y + out, acc);
+                   o.residual == nullptr ? nullptr : o.residual + out, o.y + out, acc);
   };
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / cut.chunks / cut.bands;
@@ -312,10 +312,10 @@ void grouped(const Geometry& g, const DirectOperands<T>& o) {
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     with_window<kIsa>(g, [&](auto depthwise, auto width, auto stride) {
-      parallel_on<kIsa>(g.batch * cut.bands * cut.chunks, [&](int64_t begin, int64_t end)
-                                                              RF_INLINE {
-        grouped_tasks<depthwise, width, stride, kIsa>(g, o, cut, begin, end);
-      });
+      parallel_on<kIsa>(g.batch * cut.bands * cut.chunks,
+                        [&](int64_t begin, int64_t end) RF_INLINE {
+                          grouped_tasks<depthwise, width, stride, kIsa>(g, o, cut, begin, end);
+                        });
     });
   });
 }

@@ -272,7 +272,8 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
         K::multiply(rows, {panel + row * row_stride, row_stride, columns, 0}, packed, columns, out,
                     half);
         if (d1 == depth && !whole) {
-          finish_rows<K::kFinishes ? NR : 0>(o, g.filters, rows, columns_left, out.sums, sums_stride, k0, at);
+          finish_rows<K::kFinishes ? NR : 0>(o, g.filters, rows, columns_left, out.sums,
+                                             sums_stride, k0, at);
         }
       };
       if constexpr (K::kBlockStays) {

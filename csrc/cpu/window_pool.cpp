@@ -8,8 +8,8 @@
 namespace resnet_fast::cpu {
 namespace {
 
-// Sixteen values, a line of memory, in vectors that fit the registers: the compiler takes wider ones
-// apart value by value where they are compared.
+// Sixteen values, a line of memory, in vectors that fit the registers: the compiler takes wider
+// ones apart value by value where they are compared.
 template <typename Vec>
 struct Line {
   static constexpr int kParts = 64 / sizeof(Vec);
@@ -34,12 +34,11 @@ RF_INLINE inline void each_line(int64_t channels, const F& f) {
   for (; c + kLine <= channels; c += kLine) {
     f(
         c,
-        [](const auto* from, Line<Vec>* to)
-            RF_INLINE {
-              for (int i = 0; i < Line<Vec>::kParts; ++i) {
-                load_lanes(from + i * kLanes, &to->part[i]);
-              }
-            },
+        [](const auto* from, Line<Vec>* to) RF_INLINE {
+          for (int i = 0; i < Line<Vec>::kParts; ++i) {
+            load_lanes(from + i * kLanes, &to->part[i]);
+          }
+        },
         [](const Line<Vec>& from, auto* to) RF_INLINE {
           for (int i = 0; i < Line<Vec>::kParts; ++i) store_lanes(from.part[i], to + i * kLanes);
         });
@@ -48,14 +47,13 @@ RF_INLINE inline void each_line(int64_t channels, const F& f) {
     const int64_t rest = channels - c;
     f(
         c,
-        [rest](const auto* from, Line<Vec>* to)
-            RF_INLINE {
-              std::remove_cvref_t<decltype(*from)> values[kLine] = {};
-              std::memcpy(values, from, static_cast<size_t>(rest) * sizeof(*from));
-              for (int i = 0; i < Line<Vec>::kParts; ++i) {
-                load_lanes(values + i * kLanes, &to->part[i]);
-              }
-            },
+        [rest](const auto* from, Line<Vec>* to) RF_INLINE {
+          std::remove_cvref_t<decltype(*from)> values[kLine] = {};
+          std::memcpy(values, from, static_cast<size_t>(rest) * sizeof(*from));
+          for (int i = 0; i < Line<Vec>::kParts; ++i) {
+            load_lanes(values + i * kLanes, &to->part[i]);
+          }
+        },
         [rest](const Line<Vec>& from, auto* to) RF_INLINE {
           std::remove_cvref_t<decltype(*to)> values[kLine];
           for (int i = 0; i < Line<Vec>::kParts; ++i) {
@@ -163,7 +161,8 @@ void max_pool(const Geometry& g, const T* x, T* y) {
     constexpr Isa kIsa = decltype(isa)::value;
     parallel_on<kIsa>(g.batch * g.out[1], [&](int64_t begin, int64_t end) RF_INLINE {
       for (int64_t at = begin; at < end; ++at) {
-        max_row<typename Tile<kIsa>::Vec>(g, x + at / g.out[1] * image, at % g.out[1], y + at * row);
+        max_row<typename Tile<kIsa>::Vec>(g, x + at / g.out[1] * image, at % g.out[1],
+                                          y + at * row);
       }
     });
   });
@@ -179,7 +178,7 @@ void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const T* x, T* y
       for (int64_t at = begin; at < end; ++at) {
         const int64_t n = at / pieces, c = at % pieces * kPiece;
         mean_of<typename Tile<kIsa>::Vec>(pixels, channels, std::min(kPiece, channels - c),
-                      x + n * pixels * channels + c, y + n * channels + c);
+                                          x + n * pixels * channels + c, y + n * channels + c);
       }
     });
   });
@@ -192,8 +191,8 @@ void gate_channels(int64_t batch, int64_t pixels, int64_t channels, const T* x, 
     constexpr Isa kIsa = decltype(isa)::value;
     parallel_on<kIsa>(batch * pixels, [&](int64_t begin, int64_t end) RF_INLINE {
       for (int64_t at = begin; at < end; ++at) {
-        gate_pixel<typename Tile<kIsa>::Vec>(channels, x + at * channels, gate + at / pixels * channels,
-                         y + at * channels);
+        gate_pixel<typename Tile<kIsa>::Vec>(channels, x + at * channels,
+                                             gate + at / pixels * channels, y + at * channels);
       }
     });
   });

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from resnet_fast.fuse.capture import is_hooked
 from resnet_fast.fuse.steps import Ref, Step
+from resnet_fast.nn.linear import Linears
 from resnet_fast.nn.prepared import keep
 from resnet_fast.nn.recorder import Recorder
 from resnet_fast.nn.sequence import (
@@ -24,14 +26,14 @@ from resnet_fast.nn.sequence import (
     sequence_key,
 )
 
-# What ``Tensor.mean`` takes to give the mean over an image at unchanged rank.
+_AXES: tuple[Any, ...] = ((2, 3), [2, 3], (-2, -1), [-2, -1])
+# What ``Tensor.mean`` takes to give the mean over an image: at unchanged rank, and as rows.
 _OVER_IMAGES: tuple[tuple[Any, Any], ...] = (
-    (((2, 3),), {"keepdim": True}),
-    (([2, 3],), {"keepdim": True}),
-    (((-2, -1),), {"keepdim": True}),
-    (((2, 3), True), {}),
-    (([2, 3], True), {}),
+    *(((axes,), {"keepdim": True}) for axes in _AXES),
+    *(((axes, True), {}) for axes in _AXES),
 )
+_AS_ROWS: tuple[tuple[Any, Any], ...] = tuple(((axes,), {}) for axes in _AXES)
+_ONE_PIXEL = (1, (1, 1), [1, 1])
 _PRODUCTS = (operator.mul, torch.mul)
 
 
@@ -44,6 +46,8 @@ class Prefix:
     def __init__(self) -> None:
         self._known: dict[Any, tuple[int, Sequence]] = {}
         self._attempts = Attempts()
+        #: The linear layers behind a mean, where they run for themselves.
+        self.linears = Linears()
 
     def __reduce__(self) -> tuple[type[Prefix], tuple[()]]:
         return Prefix, ()
@@ -97,7 +101,8 @@ class Prefix:
             parents: those that they were looked up in.
         """
         x = record.x
-        built = build(Structure(modules, [*parents, *modules]), record, whole=False)
+        structure = Structure(modules, [*parents, *modules])
+        built = build(structure, record, whole=value.dim() == 2)
         if built is None or not agrees(built, x, value):
             return
         key = sequence_key(x)
@@ -110,21 +115,51 @@ def mean_by(target: Any, args: Any, kwargs: Any, slots: list[Any]) -> Tensor | N
 
     Computed as it would be, so that a network's result does not depend on which of the two ran.
     """
-    if not _is_mean(target, args, kwargs):
+    rank = _mean_rank(target, args, kwargs)
+    if rank == 0:
         return None
-    return image_mean(slots[args[0].slot])
+    y = image_mean(slots[args[0].slot])
+    return y.flatten(1) if y is not None and rank == 2 else y
 
 
-def _is_mean(target: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a step with a module or a method of this name is the mean over each image."""
+def _mean_rank(target: Any, args: Any, kwargs: Any) -> int:
+    """The rank of the result where a step with a module, function or method of this name is the
+    mean over each image, else 0."""
+    if not args or type(args[0]) is not Ref:
+        return 0
     if type(target) is nn.AdaptiveAvgPool2d:
-        plain = len(args) == 1 and type(args[0]) is Ref and not kwargs
-        return plain and target.output_size in (1, (1, 1)) and not is_hooked(target)
-    return target == "mean" and type(args[0]) is Ref and (args[1:], kwargs) in _OVER_IMAGES
+        plain = len(args) == 1 and not kwargs
+        return 4 if plain and target.output_size in _ONE_PIXEL and not is_hooked(target) else 0
+    if target is F.adaptive_avg_pool2d:
+        sizes = (*args[1:], *(kwargs.values() if set(kwargs) == {"output_size"} else ()))
+        return 4 if len(sizes) == 1 + len(args[2:]) and sizes[0] in _ONE_PIXEL else 0
+    if target != "mean":
+        return 0
+    return 4 if (args[1:], kwargs) in _OVER_IMAGES else 2 if (args[1:], kwargs) in _AS_ROWS else 0
+
+
+def follows_mean(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a call's input is the mean over each image, perhaps flattened, or thinned out in
+    training: what a classifier reads."""
+    while node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        target: Any = node.target
+        if node.op == "call_module":
+            target = root.get_submodule(str(target))
+            if isinstance(target, nn.AdaptiveAvgPool2d):
+                return True
+            if not isinstance(target, (nn.Flatten, nn.Dropout, nn.Identity)):
+                return False
+        elif target in (F.adaptive_avg_pool2d, "mean"):
+            return True
+        elif target not in (torch.flatten, F.dropout, "flatten"):
+            return False
+    return False
 
 
 def enter(recorder: Recorder, step: Step, modules: list[nn.Module], read: list[Any], y: Any) -> int:
-    """Enter a step that is no site, where a sequence knows it: pooling, and gates of channels.
+    """Enter a step that is no site, where a sequence knows it: pooling, gates of channels, and what
+    leads to a classifier.
 
     Args:
         read: the values that it read.
@@ -137,9 +172,10 @@ def enter(recorder: Recorder, step: Step, modules: list[nn.Module], read: list[A
     target: Any = step.target
     if step.kind == "module":
         target = modules[target.container]._modules[target.name]
-        if type(target) is nn.Identity and len(read) == 1 and y is read[0]:
-            return 0
-    if step.kind in ("module", "method") and _is_mean(target, step.args, step.kwargs):
+    if len(read) == 1 and _is_identity(target, read[0], y):
+        recorder.same(read[0], y, target if type(target) is nn.Flatten else None)
+        return 0
+    if _mean_rank(target, step.args, step.kwargs) > 0:
         recorder.mean(read[0], y, target if step.kind == "module" else None)
     elif step.kind == "module":
         if len(read) == len(step.args) == 1 and not step.kwargs:
@@ -148,3 +184,11 @@ def enter(recorder: Recorder, step: Step, modules: list[nn.Module], read: list[A
         x, by = read if read[0].shape == y.shape else reversed(read)
         recorder.gate(x, by, y)
     return 1
+
+
+def _is_identity(target: Any, x: Tensor, y: Tensor) -> bool:
+    """Whether a step hands on ``x``, or its rows where an image is one pixel."""
+    if type(target) in (nn.Identity, nn.Dropout) or target is F.dropout:
+        return y is x
+    flattens = type(target) is nn.Flatten or target in (torch.flatten, "flatten")
+    return flattens and x.dim() == 4 and y.shape == x.shape[:2]

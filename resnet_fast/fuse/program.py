@@ -25,7 +25,7 @@ from resnet_fast.fuse.capture import (
 )
 from resnet_fast.fuse.chain import ProgramChains
 from resnet_fast.fuse.match import Match, is_inplace_function, module_activation, norm_refusal
-from resnet_fast.fuse.prefix import Prefix, enter, mean_by
+from resnet_fast.fuse.prefix import Prefix, enter, follows_mean, mean_by
 from resnet_fast.fuse.steps import (
     Leaf,
     Link,
@@ -125,6 +125,8 @@ class Program:
         for name in captured.through:
             self._container(root, name)
         self.steps: list[Step] = []
+        #: Slots of the linear layers that read the mean over each image.
+        self.heads: set[int] = set()
         self.size = 0
         self.result = 0
         self._lower(root, captured.graph, matches, child)
@@ -237,6 +239,9 @@ class Program:
                 alone = is_norm_act(module) and not is_hooked(module)
                 kind = "norm" if alone else "module"
                 emit(kind, node, self._leaf(root, node), node.args, node.kwargs)
+                plain = len(node.args) == 1 and not node.kwargs
+                if type(module) is nn.Linear and plain and follows_mean(node, root):
+                    self.heads.add(slot[node])
             elif node.op == "get_attr":
                 parent, _, name = str(node.target).rpartition(".")
                 leaf = Leaf(self._container(root, parent), name)
@@ -377,14 +382,19 @@ class Program:
                 )
             elif kind == "module":
                 module = modules[target.container]._modules[target.name]
-                value = mean_by(module, args, kwargs, slots)
+                if out in self.heads:
+                    value = self.prefix.linears(module, slots[args[0].slot])
+                else:
+                    value = mean_by(module, args, kwargs, slots)
                 if value is None:
                     value = module(*loaded(args, slots), **loaded(kwargs, slots))
             elif kind == "norm":
                 module = modules[target.container]._modules[target.name]
                 value = normalise(module, slots[args[0].slot])
             elif kind == "function":
-                value = target(*loaded(args, slots), **loaded(kwargs, slots))
+                value = mean_by(target, args, kwargs, slots)
+                if value is None:
+                    value = target(*loaded(args, slots), **loaded(kwargs, slots))
             elif kind == "method":
                 value = mean_by(target, args, kwargs, slots)
                 if value is None:

@@ -144,12 +144,14 @@ class Recorder:
             self._mark()
 
     def mean(self, x: Tensor, y: Tensor, pool: nn.Module | None = None) -> None:
-        """Enter the mean ``y`` over each image of ``x``, of shape (N, C, 1, 1).
+        """Enter the mean ``y`` over each image of ``x``, of shape (N, C, 1, 1) or (N, C).
 
         Args:
             pool: the ``torch.nn.AdaptiveAvgPool2d`` that computed it, if one did.
         """
-        if x.dim() != 4 or y.shape != (*x.shape[:2], 1, 1) or x.dtype is torch.uint8:
+        if x.dim() != 4 or y.shape[:2] != x.shape[:2] or y.shape[2:] not in ((), (1, 1)):
+            return
+        if x.dtype is torch.uint8:
             return
         if self._enter("mean", x, None, y, (-1, 0, 0, *_NO_WINDOW)):
             if pool is not None:
@@ -163,6 +165,41 @@ class Recorder:
         if y.shape == x.shape and self._enter("gate", x, by, y, (-1, 0, 0, *_NO_WINDOW)):
             self._mark()
 
+    def same(self, x: Tensor, y: Tensor, flatten: nn.Module | None = None) -> None:
+        """Enter that ``y`` holds the values of ``x``, of one pixel an image, in another shape.
+
+        Args:
+            flatten: the ``torch.nn.Flatten`` that gave it that shape, if one did.
+        """
+        number = self._number(x)
+        if number is None or self._number(y) is not None:
+            return
+        self._values[id(y)] = (weakref.ref(y), number)
+        if number == len(self):
+            self._last = weakref.ref(y)
+        if flatten is not None:
+            self.settings.append((flatten, ("start_dim", "end_dim")))
+            self._marks.pop()  # they belong to the last step
+            self._mark()
+
+    def linear(self, linear: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Enter the call of a plain ``torch.nn.Linear``.
+
+        Args:
+            x: of shape (N, C) or (N, C, 1, 1).
+            y: its result.
+        """
+        if self._number(x) is None:
+            return
+        made = self._linear_layer(linear, x.reshape(*x.shape[:2], 1, 1))
+        if made is None:
+            return
+        layer, sources = made
+        if self._enter("direct", x, None, y, self._fields(layer, "none", _NO_WINDOW)):
+            self.sources += sources
+            self.constants += layer.constants()
+            self._mark()
+
     def head(self, pool: nn.Module, linear: nn.Module, x: Tensor) -> bool:
         """Enter the mean over an image and the linear layer that follows: both, or neither.
 
@@ -172,18 +209,41 @@ class Recorder:
             self._number(x) is None
             or type(pool) is not nn.AdaptiveAvgPool2d
             or pool.output_size not in (1, (1, 1))
-            or type(linear) is not nn.Linear
+        ):
+            return False
+        made = self._linear_layer(linear, x)
+        if made is None:
+            return False
+        layer, sources = made
+        self.settings.append((pool, ("output_size",)))
+        pooled, y = x.new_empty(0), x.new_empty(0)
+        self._enter("mean", x, None, pooled, (-1, 0, 0, *_NO_WINDOW))
+        self._mark()
+        self._enter("direct", pooled, None, y, self._fields(layer, "none", _NO_WINDOW))
+        self.sources += sources
+        self.constants += layer.constants()
+        self._mark()
+        return True
+
+    @staticmethod
+    def _linear_layer(linear: nn.Module, x: Tensor) -> tuple[Layer, tuple[Source, ...]] | None:
+        """The packed layer of a plain linear module, and what it was derived from.
+
+        ``x``: (N, C, H, W), in the dtype and with the channels of the module's input.
+        """
+        if (
+            type(linear) is not nn.Linear
             or linear.weight.dtype is not x.dtype
             or linear.weight.shape[1] != x.shape[1]
             or not conv_bn_act_direct.available(x.dtype)
         ):
-            return False
+            return None
         used = (linear.weight, linear.bias)
         places = [(linear._parameters, "weight"), (linear._parameters, "bias")]
         if any(where.get(name) is not t for (where, name), t in zip(places, used, strict=True)):
-            return False  # computed at each look
+            return None  # computed at each look
         if any(t is not None and t.is_inference() for t in used):
-            return False
+            return None
         sources = sources_of(places, used)
         # A linear layer is a 1x1 convolution of one pixel.
         call = conv_bn_act_direct.prepare(
@@ -194,17 +254,7 @@ class Recorder:
             *([1, 1], [0, 0], [1, 1], 1, "none"),
         )
         layer = getattr(call, "layer", None)
-        if layer is None:
-            return False
-        self.settings.append((pool, ("output_size",)))
-        pooled, y = x.new_empty(0), x.new_empty(0)
-        self._enter("mean", x, None, pooled, (-1, 0, 0, *_NO_WINDOW))
-        self._mark()
-        self._enter("direct", pooled, None, y, self._fields(layer, "none", _NO_WINDOW))
-        self.sources += sources
-        self.constants += layer.constants()
-        self._mark()
-        return True
+        return None if layer is None else (layer, sources)
 
     def result(self, y: Tensor) -> None:
         """Name the last step's result."""

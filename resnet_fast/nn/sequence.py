@@ -36,6 +36,8 @@ _PLAIN: set[type] = {
     nn.AdaptiveAvgPool2d,
     nn.BatchNorm2d,
     nn.Conv2d,
+    nn.Dropout,
+    nn.Flatten,
     nn.Hardswish,
     nn.Identity,
     nn.Linear,
@@ -111,6 +113,8 @@ class Structure:
 
     def is_plain(self) -> bool:
         """Whether the modules do nothing but what a record shows."""
+        if any(m.training for m in self.modules if isinstance(m, nn.Dropout)):
+            return False
         return all(_is_plain(type(m)) and not any(hooks_of(m)) for m in self.modules) and not any(
             name in m.__dict__ for m in self.modules for name in _PATCHES
         )
@@ -119,6 +123,8 @@ class Structure:
         """Have ``guard`` note all of it."""
         for m in self.modules:
             guard.type(m)
+            if isinstance(m, nn.Dropout):
+                guard.same(m.__dict__, "training", False)
             for hooks in hooks_of(m):
                 guard.empty(hooks)
             for name in _PATCHES:
