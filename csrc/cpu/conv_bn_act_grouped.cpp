@@ -61,7 +61,7 @@ RF_INLINE inline void load_column(const Geometry& g, const TileAt<T>& at, const 
 
 // acc = the sums of a tile's windows. Where the width of the kernel kWidth and the stride kStride
 // are known, and columns are neighbours, each is loaded, and permuted, once for all windows that it
-// is part of: a line's weights and the sums stay in registers, 16 of them for a width of 5.
+// is part of. A line's weights, the sums and a column are 13 registers for a width of 5.
 template <Edge kEdge, bool kDepthwise, int kWidth, int kStride, typename T, typename Vec>
 RF_INLINE inline void sum_windows(const Geometry& g, const TileAt<T>& at, const float* packed,
                                   Vec (&acc)[kPixels]) {

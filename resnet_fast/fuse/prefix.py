@@ -132,7 +132,7 @@ def _mean_rank(target: Any, args: Any, kwargs: Any) -> int:
         return 4 if plain and target.output_size in _ONE_PIXEL and not is_hooked(target) else 0
     if target is F.adaptive_avg_pool2d:
         sizes = (*args[1:], *(kwargs.values() if set(kwargs) == {"output_size"} else ()))
-        return 4 if len(sizes) == 1 + len(args[2:]) and sizes[0] in _ONE_PIXEL else 0
+        return 4 if len(sizes) == 1 and sizes[0] in _ONE_PIXEL else 0
     if target != "mean":
         return 0
     return 4 if (args[1:], kwargs) in _OVER_IMAGES else 2 if (args[1:], kwargs) in _AS_ROWS else 0
