@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sequence_support import needs_sequences
+from sequence_support import by_step, found, needs_sequences
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import resnet_fast
-from resnet_fast.fuse.capture import STATE
-from resnet_fast.nn import linear as _linear
-from resnet_fast.nn.linear import Linears
+from resnet_fast.nn import alone as _alone
+from resnet_fast.nn.alone import Linears
 from resnet_fast.testing.budget import expect_within_budget, in_formats
 from resnet_fast.testing.networks import randomize_batchnorm_
 
@@ -45,19 +44,6 @@ def pair(head: Callable[[Any, Tensor], Tensor], bias: bool = True) -> tuple[Any,
 
 def images(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 12, 11, generator=torch.Generator().manual_seed(1))
-
-
-def found(net: nn.Module) -> list[Any]:
-    return [sequence for _, sequence in net.__dict__[STATE].programs[False].prefix]
-
-
-def by_step(net: nn.Module, x: Tensor) -> Tensor:
-    program = net.__dict__[STATE].programs[False]
-    cuts, program.cuts = program.cuts, []
-    try:
-        return net(x)
-    finally:
-        program.cuts = cuts
 
 
 HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -193,39 +179,39 @@ def test_a_step_outside_the_budget_is_not_taken(monkeypatch: pytest.MonkeyPatch)
     class Failed:
         ok = False
 
-    monkeypatch.setattr(_linear, "within_budget", lambda *args: Failed)
+    monkeypatch.setattr(_alone, "within_budget", lambda *args: Failed)
     linear, x = nn.Linear(40, 7), torch.randn(2, 40)
     linears = Linears()
-    assert linears(linear, x) is None and linears(linear, x) is None
+    assert linears(0, linear, x) is None and linears(0, linear, x) is None
 
 
 def test_what_is_no_plain_linear_layer_is_left() -> None:
     linears, linear = Linears(), nn.Linear(40, 7)
     x = torch.randn(3, 40)
-    y = linears(linear, x)
+    y = linears(0, linear, x)
     assert y is not None
     expect_within_budget(y, linear(x), copy.deepcopy(linear).double()(x.double()))
-    assert torch.equal(linears(linear, x.t().contiguous().t()), y)
-    assert linears(Shifted(40, 7), x) is None
-    assert linears(linear, x[None]) is None and linears(linear, x[:0]) is None
-    assert linears(linear.double(), x.double()) is None
+    assert torch.equal(linears(0, linear, x.t().contiguous().t()), y)
+    assert linears(0, Shifted(40, 7), x) is None
+    assert linears(0, linear, x[None]) is None and linears(0, linear, x[:0]) is None
+    assert linears(0, linear.double(), x.double()) is None
     linear.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert linears(linear, x) is None
+        assert linears(0, linear, x) is None
     with torch.enable_grad():
-        assert linears(linear, x) is None
+        assert linears(0, linear, x) is None
 
 
 def test_the_layer_follows_its_weights() -> None:
     linears, linear = Linears(), nn.Linear(40, 7)
     x = torch.randn(3, 40)
-    linears(linear, x)
+    linears(0, linear, x)
     linear.weight.data.mul_(3)
     linear.bias.data.zero_()
-    y = linears(linear, x)
+    y = linears(0, linear, x)
     assert y is not None
     torch.testing.assert_close(y, linear(x))
     linear.weight = nn.Parameter(torch.randn(7, 40))
-    y = linears(linear, x)
+    y = linears(0, linear, x)
     assert y is not None
     torch.testing.assert_close(y, linear(x))

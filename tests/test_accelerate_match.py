@@ -20,6 +20,7 @@ from accelerate_support import (
 )
 from torch import nn
 
+from resnet_fast.errors import AccelerateError
 from resnet_fast.fuse import REASONS, accelerate, explain
 
 torchvision = pytest.importorskip("torchvision")
@@ -215,7 +216,8 @@ def test_activation_is_matched(act, name):
 def test_convolution_with_bias_and_activation_is_a_site():
     model = tiny(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)))
     accelerated = accelerate(model)
-    assert reports(accelerated) == {"0": "FUSED", "2": "NO_BN"}
+    assert reports(accelerated) == {"0": "FUSED", "2": "ALONE"}
+    assert notes(accelerated)["2"] == "NO_BN"
     assert_same_numbers(accelerated, model, images())
 
 
@@ -302,7 +304,6 @@ class CustomConv(ConvBN):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (UsedTwice, "MULTIPLE_USERS"),
         (SharedConv, "SHARED_MODULE"),
         (SharedNorm, "SHARED_MODULE"),
         (GroupNormed, "UNKNOWN_NORM"),
@@ -321,6 +322,17 @@ def test_traps_are_refused_with_their_reason(kind, expected):
     row = next(row for row in explain(accelerated).rows if row["name"] == "conv")
     assert row["reason"] == expected and row["meaning"] == REASONS[expected]
     assert not row["fused"]
+
+
+def test_a_convolution_whose_result_is_used_twice_is_a_site_alone():
+    model = tiny(UsedTwice())
+    accelerated = accelerate(model)
+    assert reports(accelerated)["conv"] == "ALONE"
+    assert_same_numbers(accelerated, model, images())
+    row = next(row for row in explain(accelerated).rows if row["name"] == "conv")
+    assert row["reason"] in ("OK", "FRAMEWORK") and row["notes"] == REASONS["MULTIPLE_USERS"]
+    with pytest.raises(AccelerateError, match=r"ALONE \(1\)"):
+        accelerate(tiny(nn.Sequential(nn.Conv2d(3, 4, 1))), strict=True)
 
 
 def test_norm_behind_the_activation_stays_outside():

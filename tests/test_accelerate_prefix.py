@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sequence_support import needs_sequences
+from sequence_support import by_step, needs_sequences
 from torch import Tensor, nn
 
 import resnet_fast
@@ -35,16 +35,6 @@ def images() -> Tensor:
 
 def program_of(module: nn.Module) -> Program:
     return module.__dict__[STATE].programs[False]
-
-
-def by_step(net: nn.Module, x: Tensor) -> Tensor:
-    """``net`` of ``x`` with every step run for itself."""
-    program = program_of(net)
-    cuts, program.cuts = program.cuts, []
-    try:
-        return net(x)
-    finally:
-        program.cuts = cuts
 
 
 def ready(net: nn.Module, x: Tensor) -> Any:

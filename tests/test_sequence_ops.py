@@ -7,42 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from sequence_support import needs_sequences
-from torch import Tensor
+from sequence_support import OPS, convolution, needs_sequences, run, step
 from torch.nn import functional as F
 
-import resnet_fast
 from resnet_fast import _library
-from resnet_fast.nn.recorder import KINDS
+from resnet_fast.ops.activation import ACTIVATIONS
+from resnet_fast.ops.bn_act import reference
 from resnet_fast.testing.budget import expect_within_budget
 
 pytestmark = [needs_sequences, pytest.mark.usefixtures("no_grad")]
-
-OPS = torch.ops.resnet_fast
-
-
-def step(kind: str, read: int, made: int, **fields: Any) -> list[int]:
-    window = fields.get("window", (1, 1, 1, 1, 0, 0, 1, 1))
-    return [
-        KINDS[kind],
-        read,
-        fields.get("residual", -1),
-        made,
-        fields.get("constants", -1),
-        fields.get("act", 0),
-        fields.get("filters", 0),
-        *window,
-        fields.get("groups", 1),
-    ]
-
-
-def run(x: Tensor, constants: list[Tensor], steps: list[int], watched: Any = ()) -> Tensor:
-    handle = OPS._make_sequence(constants, steps, list(watched))
-    try:
-        return OPS._run_sequence(x.contiguous(memory_format=torch.channels_last), handle)
-    finally:
-        OPS._free_sequence(handle)
-
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -62,6 +35,39 @@ def test_max_pool(
     y = run(x, [], step("max_pool", 0, 1, window=window))
     expected = F.max_pool2d(x, kernel, stride, padding, dilation)
     assert torch.equal(y.nan_to_num(1e9), expected.nan_to_num(1e9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 16, 40])
+@pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (3, 1, 1), (3, 2, 1), (5, 3, 2)])
+def test_average_pool(
+    channels: int, kernel: int, stride: int, padding: int, dtype: torch.dtype
+) -> None:
+    """To the bit as torch's own."""
+    x = torch.randn(2, channels, 13, 17, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 0, 3, 4], x[1, -1, 0, 0] = torch.nan, torch.inf
+    window = (kernel, kernel, stride, stride, padding, padding, 1, 1)
+    y = run(x, [], step("average_pool", 0, 1, window=window))
+    last = x.contiguous(memory_format=torch.channels_last)
+    expected = F.avg_pool2d(last, kernel, stride, padding)
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+    assert torch.equal(y.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("channels", [1, 16, 130])
+def test_affine(channels: int, act: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(2, channels, 7, 5, generator=generator)).to(dtype)
+    scale, shift = torch.randn(2, channels, generator=generator)
+    y = run(x, [scale, shift], step("affine", 0, 1, constants=0, act=ACTIVATIONS.index(act)))
+    given = reference(x, scale, shift, act=act)
+    truth = reference(x.double(), scale.double(), shift.double(), act=act)
+    expect_within_budget(y, given, truth)
+    x[0, 0, 0, 0] = torch.nan
+    y = run(x, [scale, shift], step("affine", 0, 1, constants=0, act=ACTIVATIONS.index(act)))
+    assert torch.equal(y.isnan(), x.isnan())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,21 +98,14 @@ def test_gate(channels: int, dtype: torch.dtype) -> None:
     x[0, 0, 0, :2] = torch.tensor([torch.nan, torch.inf])
     same = {"window": (1, 1, 1, 1, 0, 0, 1, 1)}
     pooled = [*step("max_pool", 0, 1, **same), *step("mean", 1, 2)]
-    gated = [*pooled, *step("gate", 1, 3, residual=2)]
+    gated = [*pooled, *step("gate", 1, 3, second=2)]
     by = run(x, [], pooled)
     assert torch.equal(run(x, [], gated).isnan(), (x * by).isnan())
     assert torch.equal(run(x, [], gated).nan_to_num(), (x * by).nan_to_num())
-    again = [*gated, *step("gate", 3, 4, residual=2), *step("gate", 1, 5, residual=2)]
+    again = [*gated, *step("gate", 3, 4, second=2), *step("gate", 1, 5, second=2)]
     assert torch.equal(run(x, [], again).nan_to_num(), (x * by).nan_to_num())
-    squared = [*pooled, *step("gate", 2, 3, residual=2)]
+    squared = [*pooled, *step("gate", 2, 3, second=2)]
     assert torch.equal(run(x, [], squared).nan_to_num(), (by * by).nan_to_num())
-
-
-def convolution(filters: int = 32, channels: int = 32, kernel: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(filters, channels, kernel, kernel, generator=generator)
-    packed = torch.ops.resnet_fast._direct_weight(weight, 1)
-    return [packed, weight, torch.ones(filters), torch.zeros(filters)]
 
 
 @pytest.mark.parametrize("filters", [32, 33])
@@ -119,16 +118,16 @@ def test_a_residual_is_written_over_only_where_that_is_the_same(filters: int, ac
     steps = [
         *step("direct", 0, 1, **made),
         *step("direct", 1, 2, **made),
-        *step("direct", 2, 3, residual=1, **made),
-        *step("direct", 3, 4, residual=2, **made),
-        *step("direct", 4, 5, residual=3, **made),
-        *step("direct", 5, 6, residual=5, **made),
-        *step("direct", 6, 7, residual=0, **made),
+        *step("direct", 2, 3, second=1, **made),
+        *step("direct", 3, 4, second=2, **made),
+        *step("direct", 4, 5, second=3, **made),
+        *step("direct", 5, 6, second=5, **made),
+        *step("direct", 6, 7, second=0, **made),
     ]
     values = [x]
     for i, residual in enumerate([None, None, 1, 2, 3, 5, 0]):
         added = None if residual is None else values[residual]
-        name = resnet_fast.ops.activation.ACTIVATIONS[act]
+        name = ACTIVATIONS[act]
         values.append(
             torch.ops.resnet_fast._direct_conv(
                 values[i], *constants, added, [1, 1], [0, 0], [1, 1], 1, name
@@ -153,7 +152,7 @@ HOSTILE: dict[str, list[int]] = {
     "half a step": [0] * 14,
     "channels of a window": step("pad_channels", 0, 1, filters=64, window=(3, 3, 1, 1, 2, 2, 1, 1)),
     "fewer channels": step("pad_channels", 0, 1, filters=31),
-    "unknown kind": [9, *step("mean", 0, 1)[1:]],
+    "unknown kind": [10, *step("mean", 0, 1)[1:]],
     "reads the future": step("mean", 1, 1),
     "reads below": step("mean", -1, 1),
     "makes another value": step("mean", 0, 2),
@@ -164,25 +163,40 @@ HOSTILE: dict[str, list[int]] = {
     "other filters": step("direct", 0, 1, constants=0, filters=31),
     "unknown activation": step("direct", 0, 1, constants=0, filters=32, act=99),
     "pool with an activation": step("mean", 0, 1, act=1),
+    "norm without constants": step("affine", 0, 1),
+    "norm with constants beyond": step("affine", 0, 1, constants=3),
+    "norm with a weight as its scale": step("affine", 0, 1, constants=1),
+    "norm of other channels": [
+        *step("pad_channels", 0, 1, filters=64),
+        *step("affine", 1, 2, constants=2),
+    ],
+    "norm of a window": step("affine", 0, 1, constants=2, window=(3, 3, 1, 1, 1, 1, 1, 1)),
+    "norm with a residual": step("affine", 0, 1, constants=2, second=0),
+    "mean over pixels apart": step("average_pool", 0, 1, window=(2, 2, 1, 1, 0, 0, 2, 2)),
+    "mean over padding": step("average_pool", 0, 1, window=(2, 2, 1, 1, 2, 2, 1, 1)),
+    "join of nothing": step("join", 0, 1),
+    "join with an activation": step("join", 0, 1, second=0, act=1),
+    "join of other sizes": [*step("mean", 0, 1), *step("join", 0, 2, second=1)],
+    "join of a window": step("join", 0, 1, second=0, window=(1, 1, 2, 2, 0, 0, 1, 1)),
     "gate by nothing": step("gate", 0, 1),
-    "gate by an image": step("gate", 0, 1, residual=0),
+    "gate by an image": step("gate", 0, 1, second=0),
     "gate of a window": [
         *step("mean", 0, 1),
-        *step("gate", 0, 2, residual=1, window=(3, 3, 1, 1, 1, 1, 1, 1)),
+        *step("gate", 0, 2, second=1, window=(3, 3, 1, 1, 1, 1, 1, 1)),
     ],
     "gate of every second pixel": [
         *step("mean", 0, 1),
-        *step("gate", 0, 2, residual=1, window=(1, 1, 2, 2, 0, 0, 1, 1)),
+        *step("gate", 0, 2, second=1, window=(1, 1, 2, 2, 0, 0, 1, 1)),
     ],
-    "gate with an activation": [*step("mean", 0, 1), *step("gate", 0, 2, residual=1, act=1)],
+    "gate with an activation": [*step("mean", 0, 1), *step("gate", 0, 2, second=1, act=1)],
     "gate by other channels": [
         *step("pad_channels", 0, 1, filters=64),
         *step("mean", 1, 2),
-        *step("gate", 0, 3, residual=2),
+        *step("gate", 0, 3, second=2),
     ],
-    "mean with a residual": step("mean", 0, 1, residual=0),
+    "mean with a residual": step("mean", 0, 1, second=0),
     "residual of another shape": step(
-        "direct", 0, 1, constants=0, filters=32, residual=0, window=(1, 1, 2, 2, 0, 0, 1, 1)
+        "direct", 0, 1, constants=0, filters=32, second=0, window=(1, 1, 2, 2, 0, 0, 1, 1)
     ),
     "window of nothing": step("max_pool", 0, 1, window=(0, 1, 1, 1, 0, 0, 1, 1)),
     "window too large": step("max_pool", 0, 1, window=(99, 1, 1, 1, 0, 0, 1, 1)),

@@ -48,7 +48,7 @@ template <typename T>
 RF_INLINE inline void padded_line(const Geometry& g, const T* image, bool planar, int64_t h,
                                   int64_t wide, int64_t length, T outside, T* to) {
   if (h < 0 || h >= g.in[1]) return std::fill_n(to, length, outside), void();
-  const int64_t channels = g.channels, width = g.in[2];
+  const int64_t channels = g.channels, width = g.in[2], step = planar ? 1 : g.x_step();
   const int64_t before = std::min(length, g.padding[2] * wide);
   // `length` ends with a whole window: with a whole pixel.
   const int64_t pixels = std::min((length - before) / wide, width), inside = pixels * wide;
@@ -56,12 +56,15 @@ RF_INLINE inline void padded_line(const Geometry& g, const T* image, bool planar
   std::fill_n(to + before + inside, length - before - inside, outside);
   to += before;
   if (!planar && wide == channels) {
-    std::memcpy(to, image + h * width * channels, size_t(inside) * sizeof(T));
+    const T* from = image + h * width * step;
+    if (step == channels) return std::memcpy(to, from, size_t(inside) * sizeof(T)), void();
+    for (int64_t w = 0; w < pixels; ++w) {
+      std::memcpy(to + w * wide, from + w * step, size_t(channels) * sizeof(T));
+    }
     return;
   }
   for (int64_t c = 0; c < channels; ++c) {
-    const T* from = image + (planar ? (c * g.in[1] + h) * width : h * width * channels + c);
-    const int64_t step = planar ? 1 : channels;
+    const T* from = image + (planar ? (c * g.in[1] + h) * width : h * width * step + c);
     for (int64_t w = 0; w < pixels; ++w) to[w * wide + c] = from[w * step];
   }
   for (int64_t c = channels; c < wide; ++c) {
@@ -92,7 +95,7 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / bands, h0 = task % bands * kBandRows;
     const int64_t h1 = std::min(g.out[1], h0 + kBandRows);
-    const T* image = o.x + n * g.in[1] * g.in[2] * g.channels;
+    const T* image = o.x + n * g.in[1] * g.in[2] * g.x_step();
     const int64_t used = (h1 - h0 - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1;
     for (int64_t line = 0; line < used; ++line) {
       const int64_t h = h0 * g.stride[1] - g.padding[1] + line;
@@ -109,21 +112,21 @@ RF_INLINE inline void direct_bands(const Geometry& g, const DirectOperands<typen
       out.last = whole;
       out.scale = o.scale + k0;
       out.shift = o.shift + k0;
-      out.y_stride = g.filters;
+      out.y_stride = g.y_step();
       out.low = clamp.low;
       out.high = clamp.high;
       out.residual_scale = o.grid.residual;
       for (int64_t h = h0; h < h1; ++h) {
         for (int64_t piece = 0; piece < pieces; ++piece) {
           const int64_t w = piece_cut.at(piece), rows = piece_cut.at(piece + 1) - w;
-          const int64_t at = ((n * g.out[1] + h) * g.out[2] + w) * g.filters + k0;
+          const int64_t at = ((n * g.out[1] + h) * g.out[2] + w) * g.y_step() + k0;
           const T* from = band + (h - h0) * g.stride[1] * length + w * step;
           out.y = o.y + at;
           out.residual = o.residual == nullptr ? nullptr : o.residual + at;
           K::multiply(rows, {from, step, run, g.dilation[1] * length}, packed + k0 * depth, depth,
                       out, half);
           if (!whole) {
-            finish_rows<K::kFinishes ? NR : 0>(o, g.filters, rows, columns, sums, NR, k0, at);
+            finish_rows<K::kFinishes ? NR : 0>(o, g.y_step(), rows, columns, sums, NR, k0, at);
           }
         }
       }

@@ -28,6 +28,7 @@ namespace {
 struct Plane {
   int64_t batch, channels, filters;
   int64_t in_h, in_w, out_h, out_w, pad_h, pad_w;
+  int64_t x_step, y_step;  // values from one pixel to the next
   int64_t tiles_h, tiles_w;
 
   int64_t tiles() const { return batch * tiles_h * tiles_w; }
@@ -67,13 +68,13 @@ RF_INLINE inline void transform_input(const Plane& g, const T* x, const T* zeros
     const int64_t tile = first + t;
     const int64_t w0 = tile % g.tiles_w * M - g.pad_w;
     const int64_t h0 = tile / g.tiles_w % g.tiles_h * M - g.pad_h;
-    const T* image = x + tile / (g.tiles_w * g.tiles_h) * g.in_h * g.in_w * g.channels;
+    const T* image = x + tile / (g.tiles_w * g.tiles_h) * g.in_h * g.in_w * g.x_step;
     const T* from[N][N];
     for (int i = 0; i < N; ++i) {
       for (int j = 0; j < N; ++j) {
         const int64_t h = h0 + i, w = w0 + j;
         const bool inside = h >= 0 && h < g.in_h && w >= 0 && w < g.in_w;
-        from[i][j] = inside ? image + (h * g.in_w + w) * g.channels : zeros;
+        from[i][j] = inside ? image + (h * g.in_w + w) * g.x_step : zeros;
       }
     }
     float* to = v + t * v_row;
@@ -125,7 +126,7 @@ void repair(const Plane& g, const Epilogue<T>& e, int64_t image, int64_t h0, int
         for (int64_t tap = 0; tap < 9; ++tap) {
           const int64_t h = h0 + i - g.pad_h + tap / 3, w = w0 + j - g.pad_w + tap % 3;
           if (h < 0 || h >= g.in_h || w < 0 || w >= g.in_w) continue;
-          const T* from = e.x + ((image * g.in_h + h) * g.in_w + w) * g.channels;
+          const T* from = e.x + ((image * g.in_h + h) * g.in_w + w) * g.x_step;
           const T* filter = e.weight + (k0 + k) * e.weight_step[0] + tap / 3 * e.weight_step[2] +
                             tap % 3 * e.weight_step[3];
           for (int64_t c = 0; c < g.channels; ++c) {
@@ -152,9 +153,8 @@ RF_INLINE inline void transform_output(const Plane& g, const Epilogue<T>& e, con
   alignas(64) float patch[M][M][NR];
   const Clamp clamp = clamp_of(e.act);
   const bool in_registers = clamp.is_clamp && columns == NR;
-  const auto y_at = [&](int64_t image, int64_t h, int64_t w) RF_INLINE {
-    return ((image * g.out_h + h) * g.out_w + w) * g.filters + k0;
-  };
+  const auto y_at = [&](int64_t image, int64_t h, int64_t w)
+                        RF_INLINE { return ((image * g.out_h + h) * g.out_w + w) * g.y_step + k0; };
   for (int64_t t = 0; t < count; ++t) {
     const int64_t tile = first + t;
     const int64_t w0 = tile % g.tiles_w * M;
@@ -458,8 +458,8 @@ int64_t winograd_packed_size(int64_t filters, int64_t channels, int64_t m) {
 
 template <typename T>
 void winograd(const Geometry& g, int64_t m, const WinogradOperands<T>& o) {
-  Plane plane{g.batch,  g.channels,   g.filters,    g.in[1], g.in[2], g.out[1],
-              g.out[2], g.padding[1], g.padding[2], 0,       0};
+  Plane plane{g.batch,      g.channels,   g.filters,  g.in[1],    g.in[2], g.out[1], g.out[2],
+              g.padding[1], g.padding[2], g.x_step(), g.y_step(), 0,       0};
   plane.tiles_h = (g.out[1] + m - 1) / m;
   plane.tiles_w = (g.out[2] + m - 1) / m;
   run_on_isa([&](auto isa) {

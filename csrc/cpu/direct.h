@@ -22,6 +22,7 @@
 #include <bit>
 
 #include "gather.h"
+#include "pixels.h"
 #include "tile.h"
 
 namespace resnet_fast::cpu {
@@ -52,6 +53,7 @@ struct DirectOperands {
   Act act;
   bool planar = false;             // x is contiguous NCHW; only where reads_bands(g) (band.h)
   Requantize grid = {0, 1, 1, 0};  // 8-bit operands' alone
+  Affine before = {};              // of x, as it is read; only where takes_affine(g)
 
   // What a window reads outside the image.
   T outside() const {
@@ -71,6 +73,10 @@ struct DirectOperands {
     return c;
   }
 };
+
+// Whether the kernel of a geometry can apply a norm to its input as it reads it: once a value,
+// which a window of several taps would do for each of them.
+inline bool takes_affine(const Geometry& g) { return g.taps() == 1 && g.groups == 1; }
 
 // The depth of packed weights: zeros fill the last step.
 template <typename K>
@@ -150,14 +156,15 @@ RF_INLINE inline void requantize_row(ActT, int64_t length, const int32_t* __rest
 }
 
 // The epilogue outside the registers: of `rows` sums of `columns` filters from filter k0, for y
-// from element `at`. kWhole columns, the usual number, are code without a loop around it.
+// from element `at`, a pixel every `step`. kWhole columns, the usual number, are code without a
+// loop around it.
 template <int64_t kWhole = 0, typename T>
-RF_INLINE inline void finish_rows(const DirectOperands<T>& o, int64_t filters, int64_t rows,
+RF_INLINE inline void finish_rows(const DirectOperands<T>& o, int64_t step, int64_t rows,
                                   int64_t columns, const typename SumOf<T>::type* sums,
                                   int64_t sums_stride, int64_t k0, int64_t at) {
   with_act(o.act, [&](auto tag) RF_INLINE {
     const auto finish = [&](auto length) RF_INLINE {
-      for (int64_t i = 0, to = at; i < rows; ++i, to += filters) {
+      for (int64_t i = 0, to = at; i < rows; ++i, to += step) {
         const T* const residual = o.residual == nullptr ? nullptr : o.residual + to;
         if constexpr (std::is_same_v<T, uint8_t>) {
           requantize_row(tag, length, sums + i * sums_stride, o.scale + k0, o.shift + k0, residual,
@@ -186,14 +193,16 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   const int64_t chain = pixels == g.batch ? std::min<int64_t>(K::kChain, kShortChain) : K::kChain;
   // In place, rows a multiple of 2 KiB apart would share two sets of the cache. Elsewhere several
   // panels are read in place where one block of weights serves a few rows at a time.
-  const bool spread = K::kBlockStays && g.channels * int64_t(sizeof(T)) % 1024 != 0;
+  const int64_t step = g.x_step();
+  const bool spread = K::kBlockStays && step * int64_t(sizeof(T)) % 1024 != 0;
+  const bool near = depth <= kDepth && (g.x_pitch == 0 || step <= kDepth);
   const bool in_place = g.taps() == 1 && g.pixels() == g.batch * g.in[0] * g.in[1] * g.in[2] &&
                         g.padding == std::array<int64_t, 3>{} && depth == padded &&
-                        (depth <= kDepth || spread);
+                        (near || spread) && o.before.scale == nullptr;
   // Rows of the panel are an odd number of cache lines apart.
   const int64_t panel_stride = ((std::min(padded, kDepth) + kLine - 1) / kLine | 1) * kLine;
   T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * panel_stride);
-  const int64_t row_stride = in_place ? g.channels : panel_stride;
+  const int64_t row_stride = in_place ? step : panel_stride;
   const int64_t width = g.group_channels(), filters = g.group_filters();
   const auto* const all_packed = static_cast<const typename K::Packed*>(o.packed);
   const int64_t group_size = group_packed_size<K>(filters, width, g.taps());
@@ -225,12 +234,19 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
     for (int64_t d0 = 0; d0 < depth; d0 += kDepth) {
       const int64_t d1 = std::min(depth, d0 + kDepth);
       const int64_t columns = std::min(padded - d0, kDepth);
-      const T* panel = o.x + pixel * g.channels + group * width + d0;
+      const T* panel = o.x + pixel * step + group * width + d0;
       if (!in_place) {
         panel = gathered;
         const Runs runs(g, group * width, width, d0, d1);
         for (int64_t i = 0; i < count; ++i) {
           T* row = gathered + i * panel_stride;
+          if constexpr (!std::is_same_v<T, uint8_t>) {
+            if (o.before.scale != nullptr) {
+              gather_affine(g, o.x, windows[i], runs, o.before, row);
+              std::fill(row + (d1 - d0), row + columns, T{});
+              continue;
+            }
+          }
           gather_row(g, o.x, windows[i], runs, row, o.outside());
           std::fill(row + (d1 - d0), row + columns, T{});
         }
@@ -245,7 +261,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       out.sums_stride = sums_stride;
       out.chain = chain;
       out.accumulate = d0 > 0;
-      out.y_stride = g.filters;
+      out.y_stride = g.y_step();
       out.low = clamp.low;
       out.high = clamp.high;
       out.residual_scale = o.grid.residual;
@@ -260,7 +276,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
         const int64_t columns_left = std::min(NR, filters - block * NR);
         const bool half = columns_left <= NR / 2;  // the second vector would be of zeros
         const bool whole = K::kFinishes && columns_left == (half ? NR / 2 : NR) && clamp.is_clamp;
-        const int64_t at = (pixel + row) * g.filters + k0;
+        const int64_t at = (pixel + row) * g.y_step() + k0;
         const typename K::Packed* packed =
             all_packed + group * group_size + (d0 * cut.blocks + block * columns) * NR;
         out.last = d1 == depth && whole;
@@ -272,7 +288,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
         K::multiply(rows, {panel + row * row_stride, row_stride, columns, 0}, packed, columns, out,
                     half);
         if (d1 == depth && !whole) {
-          finish_rows<K::kFinishes ? NR : 0>(o, g.filters, rows, columns_left, out.sums,
+          finish_rows<K::kFinishes ? NR : 0>(o, g.y_step(), rows, columns_left, out.sums,
                                              sums_stride, k0, at);
         }
       };

@@ -14,7 +14,11 @@ namespace resnet_fast::cpu {
 struct Geometry {
   int64_t batch, channels, filters, groups;
   std::array<int64_t, 3> in, kernel, out, stride, padding, dilation;  // depth, height, width
+  // Values from one pixel to the next, where they are channels of a larger tensor; else 0.
+  int64_t x_pitch, y_pitch;
 
+  int64_t x_step() const { return x_pitch > 0 ? x_pitch : channels; }
+  int64_t y_step() const { return y_pitch > 0 ? y_pitch : filters; }
   int64_t group_channels() const { return channels / groups; }
   int64_t group_filters() const { return filters / groups; }
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
@@ -32,7 +36,7 @@ inline Window window_of(const Geometry& g, int64_t pixel) {
   const int64_t h = pixel / g.out[2] % g.out[1];
   const int64_t d = pixel / (g.out[2] * g.out[1]) % g.out[0];
   const int64_t n = pixel / (g.out[2] * g.out[1] * g.out[0]);
-  return {n * g.in[0] * g.in[1] * g.in[2] * g.channels, d * g.stride[0] - g.padding[0],
+  return {n * g.in[0] * g.in[1] * g.in[2] * g.x_step(), d * g.stride[0] - g.padding[0],
           h * g.stride[1] - g.padding[1], w * g.stride[2] - g.padding[2]};
 }
 
@@ -41,7 +45,7 @@ inline Window window_of(const Geometry& g, int64_t pixel) {
 inline void windows_of(const Geometry& g, int64_t pixel, int64_t count, Window* windows) {
   if (count == 0) return;
   Window at = window_of(g, pixel);
-  const int64_t image = g.in[0] * g.in[1] * g.in[2] * g.channels;
+  const int64_t image = g.in[0] * g.in[1] * g.in[2] * g.x_step();
   const std::array<int64_t, 3> end = {g.out[0] * g.stride[0] - g.padding[0],
                                       g.out[1] * g.stride[1] - g.padding[1],
                                       g.out[2] * g.stride[2] - g.padding[2]};
@@ -90,7 +94,7 @@ struct Runs {
 
   Runs(const Geometry& g, int64_t channel_, int64_t width_, int64_t begin_, int64_t end_)
       : channel(channel_), width(width_), begin(begin_), end(end_) {
-    const bool merged = width == g.channels && (g.dilation[2] == 1 || g.kernel[2] == 1);
+    const bool merged = width == g.x_step() && (g.dilation[2] == 1 || g.kernel[2] == 1);
     run_length = merged ? g.kernel[2] * width : width;
     runs_a_line = merged ? 1 : g.kernel[2];
     const int64_t first = begin / run_length;
@@ -121,7 +125,7 @@ RF_INLINE inline void walk_row(const Geometry& g, const Window& win, const Runs&
     if (lo > from) zero(column + from, lo - from);
     if (hi > lo) {
       const int64_t base =
-          win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.channels + runs.channel;
+          win.image + ((d * g.in[1] + h) * g.in[2] + w) * g.x_step() + runs.channel;
       copy(column + lo, base + lo, hi - lo);
     }
     if (to > hi) zero(column + hi, to - hi);

@@ -74,20 +74,19 @@ struct Inside {
 
 template <typename Vec, typename T>
 RF_INLINE inline void max_row(const Geometry& g, const T* image, int64_t oh, T* y) {
-  const int64_t channels = g.channels;
-  const int64_t h0 = oh * g.stride[1] - g.padding[1];
+  const int64_t h0 = oh * g.stride[1] - g.padding[1], step = g.x_step(), out_step = g.y_step();
   const Inside rows(h0, g.kernel[1], g.dilation[1], g.in[1]);
-  for (int64_t ow = 0; ow < g.out[2]; ++ow, y += channels) {
+  for (int64_t ow = 0; ow < g.out[2]; ++ow, y += out_step) {
     const int64_t w0 = ow * g.stride[2] - g.padding[2];
     const Inside columns(w0, g.kernel[2], g.dilation[2], g.in[2]);
-    each_line<Vec>(channels, [&](int64_t c, auto load, auto store) RF_INLINE {
+    each_line<Vec>(g.channels, [&](int64_t c, auto load, auto store) RF_INLINE {
       Line<Vec> most, nan, v;
       most.with(most, [](Vec& m, const Vec&)
                           RF_INLINE { m = Vec{} - std::numeric_limits<float>::infinity(); });
       for (int64_t i = rows.lo; i < rows.hi; ++i) {
-        const T* line = image + (h0 + i * g.dilation[1]) * g.in[2] * channels + c;
+        const T* line = image + (h0 + i * g.dilation[1]) * g.in[2] * step + c;
         for (int64_t j = columns.lo; j < columns.hi; ++j) {
-          load(line + (w0 + j * g.dilation[2]) * channels, &v);
+          load(line + (w0 + j * g.dilation[2]) * step, &v);
           most.with(v, [](Vec& m, const Vec& x) RF_INLINE { m = m < x ? x : m; });  // not NaN
           nan.with(v, [](Vec& n, const Vec& x) RF_INLINE { n = x == x ? n : x; });
         }
@@ -116,6 +115,30 @@ RF_INLINE inline void max_row(const Geometry& g, const uint8_t* image, int64_t o
         for (int64_t c = 0; c < channels; ++c) to[c] = to[c] < from[c] ? from[c] : to[c];
       }
     }
+  }
+}
+
+// The mean of each window, in the order in which torch adds its taps.
+template <typename Vec, typename T>
+RF_INLINE inline void average_row(const Geometry& g, const T* image, int64_t oh, T* y) {
+  const int64_t h0 = oh * g.stride[1] - g.padding[1], step = g.x_step(), out_step = g.y_step();
+  const Inside rows(h0, g.kernel[1], 1, g.in[1]);
+  const float count = static_cast<float>(g.taps());
+  for (int64_t ow = 0; ow < g.out[2]; ++ow, y += out_step) {
+    const int64_t w0 = ow * g.stride[2] - g.padding[2];
+    const Inside columns(w0, g.kernel[2], 1, g.in[2]);
+    each_line<Vec>(g.channels, [&](int64_t c, auto load, auto store) RF_INLINE {
+      Line<Vec> sum, v;
+      for (int64_t i = rows.lo; i < rows.hi; ++i) {
+        const T* line = image + (h0 + i) * g.in[2] * step + c;
+        for (int64_t j = columns.lo; j < columns.hi; ++j) {
+          load(line + (w0 + j) * step, &v);
+          sum.with(v, [](Vec& a, const Vec& b) RF_INLINE { a += b; });
+        }
+      }
+      sum.with(sum, [count](Vec& a, const Vec&) RF_INLINE { a /= Vec{} + count; });
+      store(sum, y + c);
+    });
   }
 }
 
@@ -156,7 +179,7 @@ RF_INLINE inline void gate_pixel(int64_t channels, const T* from, const T* by, T
 
 template <typename T>
 void max_pool(const Geometry& g, const T* x, T* y) {
-  const int64_t image = g.in[1] * g.in[2] * g.channels, row = g.out[2] * g.channels;
+  const int64_t image = g.in[1] * g.in[2] * g.x_step(), row = g.out[2] * g.y_step();
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     parallel_on<kIsa>(g.batch * g.out[1], [&](int64_t begin, int64_t end) RF_INLINE {
@@ -169,7 +192,21 @@ void max_pool(const Geometry& g, const T* x, T* y) {
 }
 
 template <typename T>
-void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const T* x, T* y) {
+void average_pool(const Geometry& g, const T* x, T* y) {
+  const int64_t image = g.in[1] * g.in[2] * g.x_step(), row = g.out[2] * g.y_step();
+  run_on_isa([&](auto isa) {
+    constexpr Isa kIsa = decltype(isa)::value;
+    parallel_on<kIsa>(g.batch * g.out[1], [&](int64_t begin, int64_t end) RF_INLINE {
+      for (int64_t at = begin; at < end; ++at) {
+        average_row<typename Tile<kIsa>::Vec>(g, x + at / g.out[1] * image, at % g.out[1],
+                                              y + at * row);
+      }
+    });
+  });
+}
+
+template <typename T>
+void mean_pool(int64_t batch, int64_t pixels, int64_t channels, int64_t step, const T* x, T* y) {
   constexpr int64_t kPiece = 8 * kLine;  // channels a task takes
   const int64_t pieces = (channels + kPiece - 1) / kPiece;
   run_on_isa([&](auto isa) {
@@ -177,8 +214,8 @@ void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const T* x, T* y
     parallel_on<kIsa>(batch * pieces, [&](int64_t begin, int64_t end) RF_INLINE {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t n = at / pieces, c = at % pieces * kPiece;
-        mean_of<typename Tile<kIsa>::Vec>(pixels, channels, std::min(kPiece, channels - c),
-                                          x + n * pixels * channels + c, y + n * channels + c);
+        mean_of<typename Tile<kIsa>::Vec>(pixels, step, std::min(kPiece, channels - c),
+                                          x + n * pixels * step + c, y + n * channels + c);
       }
     });
   });
@@ -216,8 +253,12 @@ void pad_channels(const Geometry& g, const T* x, T* y) {
 template void max_pool(const Geometry& g, const float* x, float* y);
 template void max_pool(const Geometry& g, const bf16* x, bf16* y);
 template void max_pool(const Geometry& g, const uint8_t* x, uint8_t* y);
-template void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const float* x, float* y);
-template void mean_pool(int64_t batch, int64_t pixels, int64_t channels, const bf16* x, bf16* y);
+template void average_pool(const Geometry& g, const float* x, float* y);
+template void average_pool(const Geometry& g, const bf16* x, bf16* y);
+template void mean_pool(int64_t batch, int64_t pixels, int64_t channels, int64_t step,
+                        const float* x, float* y);
+template void mean_pool(int64_t batch, int64_t pixels, int64_t channels, int64_t step,
+                        const bf16* x, bf16* y);
 template void gate_channels(int64_t batch, int64_t pixels, int64_t channels, const float* x,
                             const float* gate, float* y);
 template void gate_channels(int64_t batch, int64_t pixels, int64_t channels, const bf16* x,

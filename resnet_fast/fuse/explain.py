@@ -11,7 +11,7 @@ from torch import nn
 from resnet_fast.errors import ArgumentError
 from resnet_fast.fuse.capture import STATE, conv_paths, is_site
 from resnet_fast.fuse.int8 import Int8
-from resnet_fast.fuse.match import REASONS
+from resnet_fast.fuse.match import REASONS, SITES
 from resnet_fast.fuse.prefix import Prefix
 from resnet_fast.fuse.program import Program, site_refusal
 from resnet_fast.fuse.steps import SiteTarget, Step
@@ -141,7 +141,7 @@ def explain(model: nn.Module) -> Explanation:
         report = state.reports.get(path)
         if report is None:
             rows.append(_row(path, conv, "NOT_ACCELERATED"))
-        elif report.reason != "FUSED":
+        elif report.reason not in SITES:
             rows.append(_row(path, conv, report.reason, report.detail))
         elif (refusal := refusals.get(path)) is not None:
             rows.append(_row(path, conv, refusal))
@@ -158,7 +158,7 @@ def explain(model: nn.Module) -> Explanation:
         rows += [
             complete(row)
             for row in model_rows(model)
-            if row["name"] not in state.reports or state.reports[row["name"]].reason != "FUSED"
+            if row["name"] not in state.reports or state.reports[row["name"]].reason not in SITES
         ]
     return Explanation(rows, _calls(model))
 

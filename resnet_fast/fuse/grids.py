@@ -45,8 +45,10 @@ def same_grid(program: Program, modules: list[nn.Module]) -> dict[int, int]:
     return same
 
 
-def refusal(conv: Any) -> str | None:
+def refusal(conv: Any, step: Step) -> str | None:
     """Why a convolution stays in fp32 among 8-bit ones, or None."""
+    if step.target.bn is None and step.target.act == "none" and step.args[1] is None:
+        return "nothing is fused with it"
     if not isinstance(conv, nn.Conv2d):
         return "8 bits are for two spatial dimensions"
     if conv.weight[0].numel() > int8.MAX_DEPTH:
@@ -67,7 +69,7 @@ def quantized(program: Program, modules: list[nn.Module], found: Observed, batch
         if step.kind != "site":
             continue
         path = step.target.path
-        why = refusal(modules[step.target.conv.container]._modules[step.target.conv.name])
+        why = refusal(modules[step.target.conv.container]._modules[step.target.conv.name], step)
         slots = [step.out, *(ref.slot for ref in step.args if isinstance(ref, Ref))]
         if why is None and (path not in found.sums or any(slot not in grids for slot in slots)):
             why = "no batch of the calibration reached it"

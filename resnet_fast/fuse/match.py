@@ -1,7 +1,8 @@
 """Sites found by dataflow: ``conv [-> batch norm] [-> add residual] [-> activation]``.
 
-A value between two of these has one user, so that nobody misses it. Names of attributes and of
-classes outside ``torch.nn`` play no part.
+A value between two of these has one user, so that nobody misses it. A convolution that nothing of
+this follows is a site by itself, and ``batch norm [-> activation]`` behind something else a step of
+its own. Names of attributes and of classes outside ``torch.nn`` play no part.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from resnet_fast.ops.activation import LEAKY_SLOPE
 #: Why a convolution was not fused, or not as far as it might be.
 REASONS: dict[str, str] = {
     "FUSED": "fused at this site",
+    "ALONE": "nothing is fused with the convolution, which runs as the plan chose",
     "INT8": "runs on 8-bit operands, as was asked for",
+    # Why it is alone.
     "NO_BN": "neither batch norm, residual nor activation follows the convolution",
     "MULTIPLE_USERS": "the convolution's result is used more than once",
     "SHARED_MODULE": "the convolution or its norm is called more than once",
@@ -54,6 +57,9 @@ REASONS: dict[str, str] = {
     "ADD_INPLACE": "the add writes into a residual that others may see",
     "ADD_HAZARD": "the convolution's input is modified in place before the add",
 }
+
+#: Of a convolution that runs as the plan chose.
+SITES = ("FUSED", "ALONE")
 
 _ACT_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -157,7 +163,7 @@ class Match:
     residual: fx.Node | None = None
     act_node: fx.Node | None = None
     act: str = "none"
-    #: Why the add that follows stayed outside.
+    #: Why the add that follows stayed outside, or why nothing is fused with the convolution.
     note: str = ""
 
     @property
@@ -186,6 +192,20 @@ class Match:
     @property
     def fuses(self) -> bool:
         return self.bn is not None or self.add is not None or self.act_node is not None
+
+
+@dataclass
+class NormMatch:
+    """A batch norm that is part of no site, and the activation behind it."""
+
+    bn: fx.Node
+    act_node: fx.Node | None = None
+    act: str = "none"
+
+    @property
+    def tail(self) -> fx.Node:
+        """The node whose value the step computes."""
+        return self.act_node or self.bn
 
 
 def call_counts(graphs: list[Graph], roots: list[nn.Module]) -> Counter[int]:
@@ -251,11 +271,26 @@ class Matcher:
         matches = []
         for match in chains.values():
             self._take_activation(match)
-            if match.fuses:
-                matches.append(match)
-            else:
-                refused[str(match.conv.target)] = match.note or "NO_BN"
+            if not match.fuses:
+                match.note = match.note or "NO_BN"
+            matches.append(match)
         return matches, refused
+
+    def norms(self, sites: list[Match]) -> list[NormMatch]:
+        """The batch norms that ``sites`` leave, with their activations."""
+        taken = {node for site in sites for node in site.nodes}
+        found = []
+        for node, module in self.modules.items():
+            plain = (is_batch_norm(module) or is_norm_act(module)) and not is_hooked(module)
+            if node in taken or not plain or len(node.args) != 1 or node.kwargs:
+                continue
+            match = NormMatch(node)
+            user = _only_user(node)
+            act = None if user is None else self._activation(user, node)
+            if act is not None:
+                match.act_node, match.act = user, act
+            found.append(match)
+        return found
 
     def _is_conv(self, node: fx.Node) -> bool:
         return node.op == "call_module" and is_conv(self.modules[node])
@@ -275,10 +310,10 @@ class Matcher:
         if self.calls[id(conv)] != 1:
             return "SHARED_MODULE"
         if len(node.users) > 1:
-            return "MULTIPLE_USERS"
+            match.note = "MULTIPLE_USERS"
         user = _only_user(node)
         if user is None:
-            return "NO_BN"
+            return None
         if user.op == "call_module":
             norm = self.modules[user]
             if is_batch_norm(norm) or isinstance(norm, _NORMS):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from resnet_fast.fuse.capture import is_hooked
 from resnet_fast.fuse.steps import Ref, Step
-from resnet_fast.nn.linear import Linears
+from resnet_fast.nn.alone import Linears, Norms
 from resnet_fast.nn.prepared import keep
 from resnet_fast.nn.recorder import Recorder
 from resnet_fast.nn.sequence import (
@@ -35,6 +35,7 @@ _OVER_IMAGES: tuple[tuple[Any, Any], ...] = (
 _AS_ROWS: tuple[tuple[Any, Any], ...] = tuple(((axes,), {}) for axes in _AXES)
 _ONE_PIXEL = (1, (1, 1), [1, 1])
 _PRODUCTS = (operator.mul, torch.mul)
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
 
 
 class Prefix:
@@ -48,6 +49,8 @@ class Prefix:
         self._attempts = Attempts()
         #: The linear layers behind a mean, where they run for themselves.
         self.linears = Linears()
+        #: The same of norms that no convolution comes before.
+        self.norms = Norms()
 
     def __reduce__(self) -> tuple[type[Prefix], tuple[()]]:
         return Prefix, ()
@@ -165,7 +168,8 @@ def enter(recorder: Recorder, step: Step, modules: list[nn.Module], read: list[A
         read: the values that it read.
         y: its result.
 
-    Returns how many steps a sequence has for it: none for an identity, else one.
+    Returns how many steps a sequence has for it: none for an identity, one less than there are
+    values that are joined, else one.
     """
     if not all(isinstance(value, Tensor) for value in (*read, y)):
         return 1
@@ -180,10 +184,35 @@ def enter(recorder: Recorder, step: Step, modules: list[nn.Module], read: list[A
     elif step.kind == "module":
         if len(read) == len(step.args) == 1 and not step.kwargs:
             recorder.max_pool(target, read[0], y)
+            recorder.average_pool(target, read[0], y)
+    elif _joins(target, step):
+        return recorder.join(read, y)
     elif target in _PRODUCTS and len(read) == len(step.args) == 2 and not step.kwargs:
         x, by = read if read[0].shape == y.shape else reversed(read)
         recorder.gate(x, by, y)
     return 1
+
+
+def values_of(args: Any, slots: list[Any]) -> list[Any]:
+    """The values that a step's positional arguments name, those in a list of them included."""
+    found = []
+    for arg in args:
+        if isinstance(arg, Ref):
+            found.append(slots[arg.slot])
+        elif isinstance(arg, (tuple, list)):
+            found += [slots[item.slot] for item in arg if isinstance(item, Ref)]
+    return found
+
+
+def _joins(target: Any, step: Step) -> bool:
+    """Whether a step puts the channels of images side by side."""
+    if target not in _JOINS or len(step.args) not in (1, 2):
+        return False
+    several = isinstance(step.args[0], (tuple, list)) and all(
+        isinstance(item, Ref) for item in step.args[0]
+    )
+    dim = step.args[1] if len(step.args) == 2 else step.kwargs.get("dim")
+    return several and dim in (1, -3) and set(step.kwargs) <= {"dim"}
 
 
 def _is_identity(target: Any, x: Tensor, y: Tensor) -> bool:

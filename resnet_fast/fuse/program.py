@@ -24,11 +24,18 @@ from resnet_fast.fuse.capture import (
     is_hooked,
 )
 from resnet_fast.fuse.chain import ProgramChains
-from resnet_fast.fuse.match import Match, is_inplace_function, module_activation, norm_refusal
-from resnet_fast.fuse.prefix import Prefix, enter, follows_mean, mean_by
+from resnet_fast.fuse.match import (
+    Match,
+    NormMatch,
+    is_inplace_function,
+    module_activation,
+    norm_refusal,
+)
+from resnet_fast.fuse.prefix import Prefix, enter, follows_mean, mean_by, values_of
 from resnet_fast.fuse.steps import (
     Leaf,
     Link,
+    NormTarget,
     Ref,
     SiteTarget,
     Step,
@@ -57,6 +64,8 @@ _LAYOUT_FREE_FUNCTIONS = {
     getattr,
     torch.add,
     torch.cat,
+    torch.concat,
+    torch.concatenate,
     torch.flatten,
     torch.mean,
     torch.mul,
@@ -96,6 +105,7 @@ class Program:
         root: the module that the graph was traced from.
         captured: the graph.
         matches: the sites.
+        norms: the batch norms that are part of none.
         path: the module's path in the model, for names.
         training: the mode that the program is for; None where it serves both.
         child: the name under which the convolutions carry their sites.
@@ -106,6 +116,7 @@ class Program:
         root: nn.Module,
         captured: Graph,
         matches: list[Match],
+        norms: list[NormMatch],
         path: str,
         training: bool | None,
         child: str = SITE_CHILD,
@@ -129,7 +140,7 @@ class Program:
         self.heads: set[int] = set()
         self.size = 0
         self.result = 0
-        self._lower(root, captured.graph, matches, child)
+        self._lower(root, captured.graph, matches, norms, child)
         #: Counts of first steps of whose values the later ones use the last alone.
         self.cuts = cuts_of(self.steps, len(self.signature.dynamic))
         self.prefix = Prefix()
@@ -163,9 +174,18 @@ class Program:
         parent, _, name = str(node.target).rpartition(".")
         return Leaf(self._container(root, parent), name)
 
-    def _lower(self, root: nn.Module, graph: fx.Graph, matches: list[Match], child: str) -> None:
+    def _lower(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        matches: list[Match],
+        norms: list[NormMatch],
+        child: str,
+    ) -> None:
         by_place = {match.place: match for match in matches}
+        by_norm = {norm.bn: norm for norm in norms}
         inside = {node for match in matches for node in match.nodes}
+        inside |= {norm.tail for norm in norms}
         slot: dict[fx.Node, int] = {}
         last_use: dict[int, int] = {}
         steps: list[Step] = []
@@ -192,8 +212,9 @@ class Program:
         drifted: set[fx.Node] = set()
 
         def emit(kind: str, node: fx.Node, target: Any, args: Any, kwargs: Any) -> None:
-            free = kind == "site" or _is_layout_free(kind, node, root)
-            for value in node.all_input_nodes:
+            free = kind in ("site", "affine") or _is_layout_free(kind, node, root)
+            reads = args if kind == "affine" else node.all_input_nodes
+            for value in reads:
                 if value in drifted and not free:
                     restored = load(value)
                     slot[value] = self.size
@@ -201,7 +222,7 @@ class Program:
                     steps.append(Step("layout", slot[value], None, (restored,), {}, ()))
                     last_use.setdefault(slot[value], len(steps))
                     drifted.discard(value)
-            if kind == "site" or any(value in drifted for value in node.all_input_nodes):
+            if kind == "site" or any(value in drifted for value in reads):
                 drifted.add(node)
             args, kwargs = load(args), load(kwargs)
             slot[node] = self.size
@@ -228,6 +249,13 @@ class Program:
                     match.bn is not None and is_norm_act(root.get_submodule(str(match.bn.target))),
                 )
                 emit("site", match.tail, target, (match.x, match.residual), {})
+            elif node in by_norm:
+                norm = by_norm[node]
+                bn = self._leaf(root, node)
+                assert bn is not None
+                alone = is_norm_act(root.get_submodule(str(node.target)))
+                behind = NormTarget(bn, self._leaf(root, norm.act_node), norm.act, alone)
+                emit("affine", norm.tail, behind, node.args, {})
             elif node in inside or node.op == "placeholder":
                 continue
             elif node.op == "output":
@@ -235,10 +263,7 @@ class Program:
                 self.result = slot[node]
             elif node.op == "call_module":
                 module = root.get_submodule(str(node.target))
-                # What follows in a norm with an activation of its own are steps of their own.
-                alone = is_norm_act(module) and not is_hooked(module)
-                kind = "norm" if alone else "module"
-                emit(kind, node, self._leaf(root, node), node.args, node.kwargs)
+                emit("module", node, self._leaf(root, node), node.args, node.kwargs)
                 plain = len(node.args) == 1 and not node.kwargs
                 if type(module) is nn.Linear and plain and follows_mean(node, root):
                     self.heads.add(slot[node])
@@ -349,7 +374,7 @@ class Program:
         count, length, value = 0, 0, None
         with recorder():
             for step in self.steps[: self.cuts[-1]]:
-                read = [slots[ref.slot] for ref in step.args if isinstance(ref, Ref)]
+                read = values_of(step.args, slots)
                 self._run_steps([step], modules, slots, layout)
                 ran += 1
                 made = enter(recorder, step, modules, read, slots[step.out])
@@ -380,17 +405,16 @@ class Program:
                     slots[args[0].slot],
                     None if residual is None else slots[residual.slot],
                 )
+            elif kind == "affine":
+                value = self._norm(out, target, modules, slots[args[0].slot])
             elif kind == "module":
                 module = modules[target.container]._modules[target.name]
                 if out in self.heads:
-                    value = self.prefix.linears(module, slots[args[0].slot])
+                    value = self.prefix.linears(out, module, slots[args[0].slot])
                 else:
                     value = mean_by(module, args, kwargs, slots)
                 if value is None:
                     value = module(*loaded(args, slots), **loaded(kwargs, slots))
-            elif kind == "norm":
-                module = modules[target.container]._modules[target.name]
-                value = normalise(module, slots[args[0].slot])
             elif kind == "function":
                 value = mean_by(target, args, kwargs, slots)
                 if value is None:
@@ -411,6 +435,15 @@ class Program:
             slots[out] = value
             for index in free:
                 slots[index] = None
+
+    def _norm(self, place: int, target: NormTarget, modules: list[nn.Module], x: Any) -> Any:
+        bn, act = _lookup(modules, target.bn), _lookup(modules, target.act_module)
+        if self.observe is None and (act is None or module_activation(act) == target.act):
+            y = self.prefix.norms(place, bn, target.act, x)
+            if y is not None:
+                return y
+        y = normalise(bn, x) if target.norm_alone else bn(x)
+        return activation.value(target.act, y) if act is None else act(y)
 
     def _site(self, target: SiteTarget, modules: list[nn.Module], x: Any, residual: Any) -> Any:
         conv = _lookup(modules, target.conv)
@@ -447,8 +480,6 @@ def _is_layout_free(kind: str, node: fx.Node, root: nn.Module) -> bool:
     if kind == "method":
         # What is written in place must be the value itself, never a copy in another layout.
         return node.target in _LAYOUT_FREE_METHODS or str(node.target).endswith("_")
-    if kind == "norm":
-        return True
     if kind != "module":
         return False
     module = root.get_submodule(str(node.target))

@@ -27,7 +27,7 @@ from resnet_fast.fuse.capture import (
     is_fused_already,
 )
 from resnet_fast.fuse.grids import check_quantization, quantize_
-from resnet_fast.fuse.match import Match, Matcher, call_counts
+from resnet_fast.fuse.match import SITES, Match, Matcher, NormMatch, call_counts
 from resnet_fast.fuse.program import Program
 from resnet_fast.fuse.verify import compare
 from resnet_fast.nn.graphs import Replays
@@ -42,8 +42,12 @@ class Report:
 
     reason: str
     detail: str = ""
-    #: Why an add that follows was left out of a fused site.
+    #: Why an add that follows was left out of a fused site, or why nothing is fused with it.
     note: str = ""
+
+
+#: The sites of one graph, and the batch norms that are part of none.
+Matched = tuple[list[Match], list[NormMatch]]
 
 
 @dataclass
@@ -273,7 +277,7 @@ def accelerate(
             without_add |= outcome.without_add
             _strip(root)
             if outcome.model:
-                fused = [path for path, r in state.reports.items() if r.reason == "FUSED"]
+                fused = [path for path, r in state.reports.items() if r.reason in SITES]
                 reports = state.reports | {
                     path: Report("VERIFY_FAILED", outcome.model) for path in fused
                 }
@@ -351,7 +355,7 @@ def _build(
 ) -> Acceleration:
     """Match every unit, hang the sites on their convolutions, and install the programs."""
     state = Acceleration(reports=_initial_reports(root, captured))
-    found: dict[str, dict[bool, list[Match]]] = {}
+    found: dict[str, dict[bool, Matched]] = {}
     for training in (False, True):
         having = [unit for unit in captured.units if training in unit.graphs]
         calls = call_counts(
@@ -360,8 +364,8 @@ def _build(
         for unit in having:
             if training and not unit.mode_dependent:
                 continue
-            matches = _match(unit, unit.graphs[training], calls, rejected, without_add, state)
-            found.setdefault(unit.path, {})[training] = matches
+            matched = _match(unit, unit.graphs[training], calls, rejected, without_add, state)
+            found.setdefault(unit.path, {})[training] = matched
     for unit in captured.units:
         programs = _programs(unit, found[unit.path], state)
         if programs:
@@ -398,35 +402,37 @@ def _match(
     rejected: dict[str, str],
     without_add: dict[str, str],
     state: Acceleration,
-) -> list[Match]:
+) -> Matched:
+    """What of a unit is fused, and in ``state`` the reports of its convolutions."""
     prefix = f"{unit.path}." if unit.path else ""
     own = {
         path.removeprefix(prefix): reason
         for path, reason in without_add.items()
         if path.startswith(prefix)
     }
-    matches, refused = Matcher(graph, unit.module, calls, own).find()
+    matcher = Matcher(graph, unit.module, calls, own)
+    matches, refused = matcher.find()
     kept = []
     for match in matches:
         path = prefix + str(match.conv.target)
         if path in rejected:
             state.reports[path] = Report("VERIFY_FAILED", rejected[path])
         else:
-            state.reports[path] = Report("FUSED", note=match.note)
+            # One that a mode fuses and the other only calls counts as fused.
+            if match.fuses or state.reports[path].reason != "FUSED":
+                reason = "FUSED" if match.fuses else "ALONE"
+                state.reports[path] = Report(reason, note=match.note)
             kept.append(match)
     for target, reason in refused.items():
-        # A convolution that one mode fuses and the other only calls counts as fused.
-        if state.reports.get(prefix + target, Report("")).reason != "FUSED":
+        if state.reports.get(prefix + target, Report("")).reason not in SITES:
             state.reports[prefix + target] = Report(reason)
-    return kept
+    return kept, matcher.norms(kept)
 
 
-def _programs(
-    unit: Unit, found: dict[bool, list[Match]], state: Acceleration
-) -> dict[bool, Program]:
+def _programs(unit: Unit, found: dict[bool, Matched], state: Acceleration) -> dict[bool, Program]:
     programs: dict[bool, Program] = {}
     acts: dict[str, str] = {}
-    for training, matches in found.items():
+    for training, (matches, norms) in found.items():
         if not matches:
             continue
         # A site has one activation: where the modes differ in it, training has sites of its own.
@@ -445,7 +451,9 @@ def _programs(
                 conv.add_module(child, site)
                 site.train(conv.training)
         only = training if unit.mode_dependent else None
-        program = Program(unit.module, unit.graphs[training], matches, unit.path, only, child)
+        program = Program(
+            unit.module, unit.graphs[training], matches, norms, unit.path, only, child
+        )
         programs[training] = program
         if only is None:
             programs[True] = program

@@ -52,6 +52,16 @@ class SiteTarget(NamedTuple):
     norm_alone: bool = False
 
 
+class NormTarget(NamedTuple):
+    """A batch norm that no convolution comes before, and the activation behind it."""
+
+    bn: Leaf
+    act_module: Leaf | None
+    act: str
+    #: Whether of a norm with an activation of its own the step takes the norm alone.
+    norm_alone: bool
+
+
 class Step(NamedTuple):
     """``slots[out] = kind(target)(*args, **kwargs)``, then the slots in ``free`` are dropped."""
 
@@ -100,7 +110,10 @@ def leaves_of(step: Step) -> list[Leaf]:
     if step.kind == "site":
         found = (step.target.conv, step.target.bn, step.target.act_module)
         return [leaf for leaf in found if leaf is not None]
-    return [step.target] if step.kind in ("module", "norm") else []
+    if step.kind == "affine":
+        behind = step.target.act_module
+        return [step.target.bn] if behind is None else [step.target.bn, behind]
+    return [step.target] if step.kind == "module" else []
 
 
 def reads_of(step: Step) -> set[int]:

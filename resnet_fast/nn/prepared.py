@@ -75,6 +75,13 @@ def are_current(sources: Sequence[Source]) -> bool:
     return True
 
 
+def norm_places(bn: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where a batch norm holds its weight, bias, mean and variance."""
+    where = bn._parameters if "weight" in bn._parameters else bn._buffers
+    statistics = [(bn._buffers, "running_mean"), (bn._buffers, "running_var")]
+    return [(where, "weight"), (where, "bias"), *statistics]
+
+
 def batch_class(x: Tensor) -> tuple[bool, bool]:
     """Torch's CPU convolution picks its algorithm by whether the batch is 1 and, at one thread,
     below 16; a candidate is verified against the one that it replaces."""
@@ -150,11 +157,7 @@ class Prepared:
         """Where the modules hold the tensors of a call, in the order of ``ConvArgs``; without a
         norm its tensors, None, have no place."""
         found = [(conv._parameters, "weight"), (conv._parameters, "bias")]
-        if bn is None:
-            return found
-        where = bn._parameters if "weight" in bn._parameters else bn._buffers
-        found += [(where, "weight"), (where, "bias")]
-        return [*found, (bn._buffers, "running_mean"), (bn._buffers, "running_var")]
+        return found if bn is None else found + norm_places(bn)
 
     @classmethod
     def held(cls, conv: Any, bn: Any, used: Sequence[Tensor | None]) -> bool:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.nn.prepared import Prepared, Source, sources_of
+from resnet_fast.nn.prepared import Prepared, Source, norm_places, sources_of
 from resnet_fast.ops import conv_bn_act_direct
-from resnet_fast.ops._pack import Layer
+from resnet_fast.ops._pack import Layer, cached, fold
 from resnet_fast.ops.activation import ACTIVATIONS
 
-# As csrc/cpu/sequence.cpp numbers them.
+# As csrc/cpu/sequence.h numbers them.
 KINDS = {
     "direct": 0,
     "max_pool": 1,
@@ -30,6 +30,9 @@ KINDS = {
     "winograd4": 4,
     "pad_channels": 5,
     "gate": 6,
+    "affine": 7,
+    "average_pool": 8,
+    "join": 9,
 }
 
 #: Integers in a step.
@@ -40,6 +43,14 @@ _WEIGHTS = {torch.uint8: torch.int8}
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_MEAN_POOL = (
+    "kernel_size",
+    "stride",
+    "padding",
+    "ceil_mode",
+    "count_include_pad",
+    "divisor_override",
+)
 _NO_WINDOW = (1, 1, 1, 1, 0, 0, 1, 1, 1)  # the last is the number of groups
 #: The steps of a sequence that takes the mean over each image, and nothing else.
 MEAN = (KINDS["mean"], 0, -1, 1, -1, 0, 0, *_NO_WINDOW)
@@ -59,8 +70,9 @@ class Recorder:
     """The record of one forward that starts from ``x``.
 
     Attributes:
-        steps: integers, 16 a step, as csrc/cpu/sequence.cpp reads them.
-        constants: packed weight, weight, scale and shift of each convolution.
+        steps: integers, 16 a step, as csrc/cpu/sequence.h reads them.
+        constants: packed weight, weight, scale and shift of each convolution, scale and shift of
+            each norm by itself.
         sites: the prepared calls of the sites, in order.
         sources: what the constants were derived from, as :func:`sources_of` lists it.
         settings: modules, and the attributes that a step was made from.
@@ -77,6 +89,8 @@ class Recorder:
         # By identity, and not kept alive: a network's activations are many.
         self._values = {id(x): (weakref.ref(x), 0)}
         self._last = weakref.ref(x)
+        # By the numbers of the values that it joins, the number of each join.
+        self._joined: dict[tuple[int, ...], int] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[Recorder]:
@@ -136,6 +150,72 @@ class Recorder:
         if self._enter("max_pool", x, None, y, (-1, 0, 0, *window)):
             self._mark()
 
+    def average_pool(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Enter the call of a plain ``torch.nn.AvgPool2d`` whose windows are all of one size."""
+        if type(module) is not nn.AvgPool2d or module.ceil_mode or x.dtype is torch.uint8:
+            return
+        counts = module.count_include_pad or not any(_pair(module.padding))
+        if not counts or module.divisor_override is not None or x.dim() != 4:
+            return
+        sizes = (module.kernel_size, module.stride, module.padding, 1)
+        window = [*(n for size in sizes for n in _pair(size)), 1]
+        if self._enter("average_pool", x, None, y, (-1, 0, 0, *window)):
+            self.settings.append((module, _MEAN_POOL))
+            self._mark()
+
+    def affine(self, norm: Any, act: str, x: Tensor, y: Tensor) -> None:
+        """Enter ``act(norm(x))`` of a batch norm in ``eval()`` that no convolution comes before."""
+        if x.dim() != 4 or x.dtype is torch.uint8 or self._number(x) is None:
+            return
+        used = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        places = norm_places(norm)
+        if norm.running_mean is None or norm.running_mean.numel() != x.shape[1]:
+            return
+        if any(where.get(name) is not t for (where, name), t in zip(places, used, strict=True)):
+            return  # computed at each look
+        if any(t is not None and t.is_inference() for t in used):
+            return
+        sources = sources_of(places, used)
+        weight, bias, mean, var = used
+        scale, shift = cached(
+            ("affine", norm.eps),
+            (mean, var, weight, bias),
+            lambda: fold(None, weight, bias, mean, var, norm.eps),
+        )
+        fields = (len(self.constants), ACTIVATIONS.index(act), 0, *_NO_WINDOW)
+        if self._enter("affine", x, None, y, fields):
+            self.settings.append((norm, ("eps", "training")))
+            self.sources += sources
+            self.constants += [scale.contiguous(), shift.contiguous()]
+            self._mark()
+
+    def join(self, xs: list[Tensor], y: Tensor) -> int:
+        """Enter the channels of ``xs``, side by side; what has been joined before is joined once.
+
+        Returns how many steps that took; 1 without entering any where ``y`` is not that.
+        """
+        found = [self._number(x) for x in xs]
+        numbers = [number for number in found if number is not None]
+        shapes = [(x.shape[0], *x.shape[2:]) for x in (*xs, y)]
+        fits = y.dim() == 4 and y.shape[1] == sum(x.shape[1] for x in xs)
+        if None in found or len(set(shapes)) != 1 or not fits or y.dtype is torch.uint8:
+            return 1
+        if self._number(y) is not None:
+            return 1
+        known, count = numbers[0], 1
+        for end in range(len(numbers), 1, -1):
+            if tuple(numbers[:end]) in self._joined:
+                known, count = self._joined[tuple(numbers[:end])], end
+                break
+        before = len(self)
+        for end in range(count + 1, len(numbers) + 1):
+            self.steps += [KINDS["join"], known, numbers[end - 1], len(self) + 1]
+            self.steps += [-1, 0, 0, *_NO_WINDOW]
+            known = self._joined[tuple(numbers[:end])] = len(self)
+            self._mark()
+        self._name(y, known)
+        return len(self) - before
+
     def pad_channels(self, module: nn.Module, stride: int, x: Tensor, y: Tensor) -> None:
         """Enter a call that takes every ``stride``-th pixel of ``x`` and adds channels of zeros."""
         window = (1, 1, stride, stride, 0, 0, 1, 1, 1)
@@ -174,9 +254,7 @@ class Recorder:
         number = self._number(x)
         if number is None or self._number(y) is not None:
             return
-        self._values[id(y)] = (weakref.ref(y), number)
-        if number == len(self):
-            self._last = weakref.ref(y)
+        self._name(y, number)
         if flatten is not None:
             self.settings.append((flatten, ("start_dim", "end_dim")))
             self._marks.pop()  # they belong to the last step
@@ -260,6 +338,12 @@ class Recorder:
         """Name the last step's result."""
         self._last = weakref.ref(y)
         self._values[id(y)] = (self._last, len(self))
+
+    def _name(self, y: Tensor, number: int) -> None:
+        """Know ``y`` as value ``number``, which may have another name already."""
+        self._values[id(y)] = (weakref.ref(y), number)
+        if number == len(self):
+            self._last = weakref.ref(y)
 
     def _mark(self) -> None:
         lists: tuple[list[Any], ...] = (self.constants, self.sites, self.sources, self.settings)

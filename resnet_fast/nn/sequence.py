@@ -3,7 +3,7 @@
 Between two layers the interpreter looks at modules, parameters and shapes, an allocation is made
 and threads are forked and joined: a tenth of a ResNet-50's time at one image, half of a CIFAR
 network's. The layers of a network that are all kernels of this package's are therefore written
-down once (:mod:`resnet_fast.nn.recorder`) and run by csrc/cpu/sequence.cpp, activations in one
+down once (:mod:`resnet_fast.nn.recorder`) and run by csrc/cpu/sequence.h, activations in one
 arena. The modules stay what they were: at each call they are compared with what was recorded, and
 where anything differs the network runs layer by layer, and is recorded again.
 """
@@ -34,6 +34,7 @@ from resnet_fast.testing.budget import within_budget
 # Modules whose forward is what the recorder saw: those of torch, and those that say so.
 _PLAIN: set[type] = {
     nn.AdaptiveAvgPool2d,
+    nn.AvgPool2d,
     nn.BatchNorm2d,
     nn.Conv2d,
     nn.Dropout,

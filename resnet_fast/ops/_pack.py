@@ -27,7 +27,7 @@ Call = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Layer(NamedTuple):
-    """What the native kernels need of a convolution in fp32 or bf16 (csrc/cpu/sequence.cpp).
+    """What the native kernels need of a convolution in fp32 or bf16 (csrc/cpu/sequence.h).
 
     ``kind`` names the kernel; an absent scale is 1, an absent shift 0; both are fp32.
     """
