@@ -83,11 +83,11 @@ int64_t make_sequence(const std::vector<Tensor>& constants, IntList steps,
 
 void free_sequence(int64_t number) { Recordings::instance().remove(number); }
 
-// Whether the watched tensors are as they were. Torch's threads share the misses of the caches.
+// Whether the watched tensors are as they were. The team's threads share the misses of the caches.
 bool is_unchanged(const Recording& r) {
   const auto count = static_cast<int64_t>(r.watched.size());
   std::atomic<bool> changed{false};
-  parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+  const auto look = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + 1 < end) {
         prefetch_fingerprint(data_of<unsigned char>(r.watched[i + 1]),
@@ -98,7 +98,8 @@ bool is_unchanged(const Recording& r) {
         changed.store(true, std::memory_order_relaxed);
       }
     }
-  });
+  };
+  run_on_isa([&](auto isa) { parallel_on<decltype(isa)::value>(count, look); });
   return !changed.load();
 }
 
@@ -122,12 +123,12 @@ auto with_sequence(const Tensor& x, int64_t number, const F& f) {
 Tensor run_sequence(const Tensor& x, int64_t number) {
   return with_sequence(x, number, [&](const Recording& recording, const auto& sequence, auto tag) {
     using T = typename decltype(tag)::type;
-    if (!is_unchanged(recording)) return empty({0}, x.scalar_type(), x);
     const Tensor y = sequence.output();
     if (y.numel() == 0) return y;
     const Tensor arena = empty_packed(sequence.arena_size(), x.scalar_type(), x);
-    sequence.run(mutable_data_of<T>(arena), mutable_data_of<T>(y));
-    return y;
+    const bool ran = sequence.run(mutable_data_of<T>(arena), mutable_data_of<T>(y),
+                                  [&] { return is_unchanged(recording); });
+    return ran ? y : empty({0}, x.scalar_type(), x);
   });
 }
 

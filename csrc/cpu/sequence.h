@@ -105,14 +105,19 @@ class Sequence {
     return empty_channels_last({x_.size(0), last.channels, last.height, last.width}, x_);
   }
 
-  // `memory` holds arena_size() elements.
-  void run(T* memory, T* y) const {
+  // `memory` holds arena_size() elements. The team asks holds() before the first step; false where
+  // it says no.
+  template <typename F>
+  bool run(T* memory, T* y, const F& holds) const {
+    bool ran = false;
     const int64_t result = steps_.back().out;
     const auto at = [&](int64_t value) -> T* {
       const Value& v = arena_[value];
       return (v.whole == result ? y : memory + arena_[v.whole].at) + v.channel;
     };
     Team::run([&] {
+      ran = holds();
+      if (!ran) return;
       for (const Step& s : steps_) {
         if (s.is_folded) continue;
         const T* in = s.in == 0 ? data_of<T>(x_) : at(s.in);
@@ -120,6 +125,7 @@ class Sequence {
         run_step(s, in, s.in == 0 && planar_, second, at(s.out));
       }
     });
+    return ran;
   }
 
  private:
