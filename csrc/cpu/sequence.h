@@ -12,6 +12,7 @@
 #include "int8.h"
 #include "pixels.h"
 #include "pool.h"
+#include "stripes.h"
 #include "team.h"
 #include "window_pool.h"
 #include "winograd.h"
@@ -58,8 +59,9 @@ struct Step {
   const float *scale = nullptr, *shift = nullptr;
   int64_t weight_step[4] = {};
   Requantize grid = {0, 1, 1, 0};
-  Affine before = {};      // what the input is put through as it is read
-  bool is_folded = false;  // is done by the step that reads it
+  Affine before = {};                 // what the input is put through as it is read
+  bool is_folded = false;             // is done by the step that reads it
+  int64_t wide = -1, depthwise = -1;  // the steps that are done with this one, in stripes
 };
 
 // Of activations of type T: float, bf16, or bytes on the grids that their steps name (int8.h).
@@ -89,6 +91,7 @@ class Sequence {
     }
     if constexpr (!kIsBytes) {
       fold_norms();
+      find_stripes();
       join_parts();
     }
     place();
@@ -120,9 +123,10 @@ class Sequence {
       if (!ran) return;
       for (const Step& s : steps_) {
         if (s.is_folded) continue;
-        const T* in = s.in == 0 ? data_of<T>(x_) : at(s.in);
+        const int64_t read = first_read(s);
+        const T* in = read == 0 ? data_of<T>(x_) : at(read);
         const T* second = s.second < 0 ? nullptr : s.second == 0 ? data_of<T>(x_) : at(s.second);
-        run_step(s, in, s.in == 0 && planar_, second, at(s.out));
+        run_step(s, in, read == 0 && planar_, second, at(s.out));
       }
     });
     return ran;
@@ -141,10 +145,10 @@ class Sequence {
   void run_float_step(const Step& s, const T* in, bool planar, const T* second, T* out) const {
     const int64_t pixels = s.g.in[1] * s.g.in[2];
     switch (s.kind) {
-      case Kind::direct:
-        return run_direct<T>(
-            s.g,
-            {in, s.packed, s.scale, s.shift, second, out, s.act, planar, {0, 1, 1, 0}, s.before});
+      case Kind::direct: {
+        const DirectOperands<T> o = operands(s, in, planar, second, out);
+        return s.wide < 0 ? run_direct<T>(s.g, o) : in_stripes(s, in, o);
+      }
       case Kind::winograd2:
       case Kind::winograd4: {
         WinogradOperands<T> o{in,
@@ -175,6 +179,22 @@ class Sequence {
         join(s, s.in, 0, in, out);
         return join(s, s.second, s.g.channels, second, out + s.g.channels);
     }
+  }
+
+  static DirectOperands<T> operands(const Step& s, const T* in, bool planar, const T* second,
+                                    T* out) {
+    return {in, s.packed, s.scale, s.shift, second, out, s.act, planar, {0, 1, 1, 0}, s.before};
+  }
+
+  // `in` is what the first of the steps reads.
+  void in_stripes(const Step& s, const T* in, const DirectOperands<T>& o) const {
+    const auto layer = [&](int64_t i) {
+      const Step& step = steps_[i];
+      return StripeLayer<T>{step.g, operands(step, in, false, nullptr, nullptr)};
+    };
+    const StripeLayer<T> self{s.g, o};
+    if (s.depthwise < 0) return run_stripes<T>(layer(s.wide), self, nullptr);
+    run_stripes<T>(layer(s.wide), layer(s.depthwise), &self);
   }
 
   // What of a join has to be copied: a value that has no place in the whole.
@@ -368,6 +388,34 @@ class Sequence {
     }
   }
 
+  // Where a depthwise convolution is better done together with the pointwise ones around it.
+  void find_stripes() {
+    const int64_t threads = worker_count();
+    for (Step& s : steps_) {
+      if (s.kind != Kind::direct || s.second >= 0 || s.in == 0 || arena_[s.in].reads != 1) continue;
+      Step& wide = steps_[s.in - 1];
+      if (wide.kind != Kind::direct || wide.second >= 0 || wide.wide >= 0 ||
+          !runs_in_stripes<T>(wide.g, s.g, threads)) {
+        continue;
+      }
+      Step* last = &s;
+      for (Step& next : steps_) {
+        const bool reads = next.in == s.out && arena_[s.out].reads == 1;
+        if (reads && next.kind == Kind::direct && is_pointwise(next.g)) last = &next;
+      }
+      wide.is_folded = true;
+      last->wide = wide.out - 1;
+      if (last != &s) {
+        s.is_folded = true;
+        last->depthwise = s.out - 1;
+      }
+      arena_[wide.in].last = std::max(arena_[wide.in].last, last->out - 1);
+    }
+  }
+
+  // The value that a step, or the first of those that are done with it, reads.
+  int64_t first_read(const Step& s) const { return s.wide < 0 ? s.in : steps_[s.wide].in; }
+
   // Whether a step's kernel takes pixels of its input that are more than its channels apart.
   static bool reads_apart(const Step& s) {
     if (s.kind == Kind::direct) return s.g.groups == 1;
@@ -410,7 +458,7 @@ class Sequence {
   // Writing over the residual: each value is read, and then written, by one thread, from registers.
   // Winograd's kernel may come back to a tile, and reads it again.
   bool overwrites_residual(const Step& s, int64_t i) const {
-    return s.kind == Kind::direct && s.second > 0 && s.second != s.in &&
+    return s.kind == Kind::direct && s.second > 0 && s.second != first_read(s) &&
            arena_[s.second].last == i && s.g.groups == 1 && s.g.filters % 32 == 0 &&
            clamp_of(s.act).is_clamp && (!kIsBytes || has_int8_vnni());
   }

@@ -154,8 +154,24 @@ class Team {
   std::atomic<int64_t> come_{0};
 };
 
+// While one lives, the kernels that this thread calls are parts of a task of its own, and are
+// shared with nobody.
+class Solo {
+ public:
+  Solo() : outer_(active_) { active_ = true; }
+  ~Solo() { active_ = outer_; }
+  Solo(const Solo&) = delete;
+  Solo& operator=(const Solo&) = delete;
+  static bool is_active() { return active_; }
+
+ private:
+  static inline thread_local bool active_ = false;
+  const bool outer_;
+};
+
 // The threads that parallel_on uses.
 inline int64_t worker_count() {
+  if (Solo::is_active()) return 1;
   const Team* team = Team::current();
   return team != nullptr ? team->size() : thread_count();
 }
@@ -166,6 +182,11 @@ inline int64_t worker_count() {
 // busy for a while would otherwise hold up every layer.
 template <Isa I, typename F>
 void parallel_on(int64_t tasks, const F& f) {
+  if (Solo::is_active()) {
+    return run_on_isa([&](auto same) RF_INLINE {
+      if constexpr (decltype(same)::value == I) f(0, tasks);
+    });
+  }
   struct alignas(64) Range {
     std::atomic<int64_t> next;
     int64_t end, step;
