@@ -40,7 +40,7 @@ asan: $(VENV)/.built
 	RESNET_FAST_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  RESNET_FAST_EXAMPLES=10 \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
-	  $(python) -m pytest --capture=sys tests/test_op_contract.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_int8.py tests/test_sequence.py tests/test_sequence_ops.py tests/test_errors.py \
+	  $(python) -m pytest --capture=sys tests/test_op_contract.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_int8.py tests/test_sequence.py tests/test_sequence_ops.py tests/test_sequence_lists.py tests/test_sequence_stripes.py tests/test_errors.py \
 	  -k 'not compile and not opcheck and not memory_is_kept and not lower_instruction and not without_the_library'
 
 # The CUDA sources for every architecture there is code for, warnings being errors as in any build,
