@@ -182,11 +182,6 @@ inline int64_t worker_count() {
 // busy for a while would otherwise hold up every layer.
 template <Isa I, typename F>
 void parallel_on(int64_t tasks, const F& f) {
-  if (Solo::is_active()) {
-    return run_on_isa([&](auto same) RF_INLINE {
-      if constexpr (decltype(same)::value == I) f(0, tasks);
-    });
-  }
   struct alignas(64) Range {
     std::atomic<int64_t> next;
     int64_t end, step;
@@ -213,6 +208,7 @@ void parallel_on(int64_t tasks, const F& f) {
       }
     });
   };
+  if (Solo::is_active()) return work(0);
   if (Team* team = Team::current()) return team->share(work);
   parallel_for(0, threads, 1, [&](int64_t first, int64_t) { work(first); });
 }
