@@ -175,34 +175,35 @@ RF_INLINE inline void gate_pixel(int64_t channels, const T* from, const T* by, T
   });
 }
 
-}  // namespace
-
-template <typename T>
-void max_pool(const Geometry& g, const T* x, T* y) {
+// A task is a line of output.
+template <bool kAverages, typename T>
+void pool_rows(const Geometry& g, const T* x, T* y) {
   const int64_t image = g.in[1] * g.in[2] * g.x_step(), row = g.out[2] * g.y_step();
   run_on_isa([&](auto isa) {
     constexpr Isa kIsa = decltype(isa)::value;
     parallel_on<kIsa>(g.batch * g.out[1], [&](int64_t begin, int64_t end) RF_INLINE {
       for (int64_t at = begin; at < end; ++at) {
-        max_row<typename Tile<kIsa>::Vec>(g, x + at / g.out[1] * image, at % g.out[1],
-                                          y + at * row);
+        const T* const from = x + at / g.out[1] * image;
+        if constexpr (kAverages) {
+          average_row<typename Tile<kIsa>::Vec>(g, from, at % g.out[1], y + at * row);
+        } else {
+          max_row<typename Tile<kIsa>::Vec>(g, from, at % g.out[1], y + at * row);
+        }
       }
     });
   });
 }
 
+}  // namespace
+
+template <typename T>
+void max_pool(const Geometry& g, const T* x, T* y) {
+  pool_rows<false>(g, x, y);
+}
+
 template <typename T>
 void average_pool(const Geometry& g, const T* x, T* y) {
-  const int64_t image = g.in[1] * g.in[2] * g.x_step(), row = g.out[2] * g.y_step();
-  run_on_isa([&](auto isa) {
-    constexpr Isa kIsa = decltype(isa)::value;
-    parallel_on<kIsa>(g.batch * g.out[1], [&](int64_t begin, int64_t end) RF_INLINE {
-      for (int64_t at = begin; at < end; ++at) {
-        average_row<typename Tile<kIsa>::Vec>(g, x + at / g.out[1] * image, at % g.out[1],
-                                              y + at * row);
-      }
-    });
-  });
+  pool_rows<true>(g, x, y);
 }
 
 template <typename T>
