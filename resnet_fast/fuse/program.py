@@ -8,12 +8,10 @@ the program refuses, and the model's own forward runs over the unfused modules.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fast.fuse.capture import (
@@ -24,10 +22,10 @@ from resnet_fast.fuse.capture import (
     is_hooked,
 )
 from resnet_fast.fuse.chain import ProgramChains
+from resnet_fast.fuse.layout import is_layout_free
 from resnet_fast.fuse.match import (
     Match,
     NormMatch,
-    is_inplace_function,
     module_activation,
     norm_refusal,
 )
@@ -52,49 +50,6 @@ from resnet_fast.ops import activation
 if TYPE_CHECKING:
     from resnet_fast.fuse.int8 import Int8
 
-# Calls whose result does not depend on how their input lies in memory: everything else is handed
-# the layout that the model would have had without sites.
-_LAYOUT_FREE_FUNCTIONS = {
-    operator.add,
-    operator.iadd,
-    operator.mul,
-    operator.imul,
-    operator.sub,
-    operator.truediv,
-    getattr,
-    torch.add,
-    torch.cat,
-    torch.concat,
-    torch.concatenate,
-    torch.flatten,
-    torch.mean,
-    torch.mul,
-    torch.relu,
-    torch.sigmoid,
-    torch.tanh,
-    F.adaptive_avg_pool2d,
-    F.adaptive_max_pool2d,
-    F.avg_pool2d,
-    F.dropout,
-    F.hardswish,
-    F.interpolate,
-    F.max_pool2d,
-    F.relu,
-    F.relu6,
-    F.silu,
-}
-_LAYOUT_FREE_METHODS = {
-    "add",
-    "add_",
-    "dim",
-    "flatten",
-    "mean",
-    "mul",
-    "mul_",
-    "relu",
-    "relu_",
-    "size",
-}
 _PLANNED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -212,7 +167,7 @@ class Program:
         drifted: set[fx.Node] = set()
 
         def emit(kind: str, node: fx.Node, target: Any, args: Any, kwargs: Any) -> None:
-            free = kind in ("site", "affine") or _is_layout_free(kind, node, root)
+            free = kind in ("site", "affine") or is_layout_free(kind, node, root)
             reads = args if kind == "affine" else node.all_input_nodes
             for value in reads:
                 if value in drifted and not free:
@@ -472,22 +427,6 @@ def planned_layout(x: Tensor) -> Tensor:
     if x.dim() != 4 or torch.is_grad_enabled() or x.dtype not in _PLANNED_DTYPES:
         return x
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _is_layout_free(kind: str, node: fx.Node, root: nn.Module) -> bool:
-    if kind == "function":
-        return node.target in _LAYOUT_FREE_FUNCTIONS or is_inplace_function(node.target)
-    if kind == "method":
-        # What is written in place must be the value itself, never a copy in another layout.
-        return node.target in _LAYOUT_FREE_METHODS or str(node.target).endswith("_")
-    if kind != "module":
-        return False
-    module = root.get_submodule(str(node.target))
-    return (
-        type(module).__module__.startswith("torch.nn.modules")
-        and not isinstance(module, nn.Unflatten)
-        and not is_hooked(module)
-    )
 
 
 def run_unfused(target: SiteTarget, conv: Any, bn: Any, act: Any, x: Any, residual: Any) -> Any:
