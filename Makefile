@@ -8,7 +8,7 @@ pip     := $(python) -m pip install --quiet --disable-pip-version-check -c const
 sources := setup.py $(shell find csrc -type f)
 cpp     := $(shell find csrc tests/cuda_on_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint wheel wheel-check asan cuda-arches clean
+.PHONY: demo test bench lint wheel wheel-check asan tsan cuda-arches clean
 
 demo: $(VENV)/.built
 	$(python) -m resnet_fast demo
@@ -42,6 +42,17 @@ asan: $(VENV)/.built
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
 	  $(python) -m pytest --capture=sys tests/test_op_contract.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_int8.py tests/test_sequence.py tests/test_sequence_ops.py tests/test_sequence_lists.py tests/test_sequence_stripes.py tests/test_errors.py \
 	  -k 'not compile and not opcheck and not memory_is_kept and not lower_instruction and not without_the_library'
+
+# The same library under ThreadSanitizer, on more threads than most machines that build have cores:
+# networks as one call, convolutions shared between threads, two models in two threads. setarch
+# switches the randomised addresses off that it cannot map. A quarter of an hour on two cores.
+tsan: $(VENV)/.built
+	RESNET_FAST_SANITIZE=thread $(python) setup.py -q build_ext --inplace
+	RESNET_FAST_SANITIZE=thread RESNET_FAST_TEST_THREADS=3 RESNET_FAST_EXAMPLES=10 \
+	  TSAN_OPTIONS="exitcode=66 ignore_noninstrumented_modules=1 suppressions=tests/tsan.txt" \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libtsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+	  setarch -R $(python) -m pytest --capture=sys tests/test_sequence.py tests/test_sequence_ops.py tests/test_sequence_lists.py tests/test_sequence_stripes.py tests/test_dropin.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_int8.py \
+	  -k '(test_sequence_ or thread or test_shapes) and not compile and not opcheck and not memory_is_kept and not lower_instruction and not without_the_library'
 
 # The CUDA sources for every architecture there is code for, warnings being errors as in any build,
 # and what nvcc made of them there. Needs nvcc 12.8 or later, but no GPU.

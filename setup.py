@@ -5,8 +5,8 @@ resnet_fast._C_cuda  the same for CUDA, where nvcc and a CUDA build of torch are
 resnet_fast._native  pybind11 module without torch: build info, CPU features, kernel variants
 
 Environment: RESNET_FAST_CUDA=0 skips CUDA, RESNET_FAST_CUDA=all builds only resnet_fast._C_cuda_all
-for every architecture, RESNET_FAST_SANITIZE=address only resnet_fast._C_cpu_asan;
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX and MAX_JOBS as for any extension.
+for every architecture, RESNET_FAST_SANITIZE=address only resnet_fast._C_cpu_asan, =thread only
+resnet_fast._C_cpu_tsan; TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX and MAX_JOBS as for any extension.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ STABLE_TARGET = "0x020b000000000000"  # torch 2.11: the oldest torch that the li
 CUDA_ARCHES = "8.0+PTX;9.0a"
 ALL_CUDA_ARCHES = "8.0;8.6;8.9;9.0a;10.0;12.0"
 SANITIZE = os.environ.get("RESNET_FAST_SANITIZE", "")
+SANITIZERS = {"address": "asan", "thread": "tsan"}
+if SANITIZE and SANITIZE not in SANITIZERS:
+    sys.exit(f"resnet_fast: RESNET_FAST_SANITIZE={SANITIZE}: expected one of {[*SANITIZERS]}")
 ALL_CUDA = os.environ.get("RESNET_FAST_CUDA") == "all" and not SANITIZE
 # A build beside the ordinary one has its own objects and configuration.
 ASIDE = SANITIZE or ("all" if ALL_CUDA else "")
@@ -163,7 +166,7 @@ def cpu_library() -> Extension:
         flag = f"-fsanitize={SANITIZE}"
         compile_args += [flag, "-fno-omit-frame-pointer", "-g1", "-O1"]
         link_args += [flag]
-        name += "_asan"
+        name += f"_{SANITIZERS[SANITIZE]}"
     return Extension(
         name,
         ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))],

@@ -151,10 +151,37 @@ std::vector<A> channel_values(const OptTensor& t, int64_t channels, A missing) {
   return std::vector<A>(values, values + channels);
 }
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+
+// A fork and a join, told to ThreadSanitizer: it sees those of this library, but not of OpenMP's.
+template <typename F>
+class Traced {
+ public:
+  explicit Traced(const F& f) : f_(f) { __tsan_release(this); }
+  ~Traced() { __tsan_acquire(this); }
+  void operator()(int64_t begin, int64_t end) const {
+    void* const fork = const_cast<Traced*>(this);
+    __tsan_acquire(fork);
+    f_(begin, end);
+    __tsan_release(fork);
+  }
+
+ private:
+  const F& f_;
+};
+#else
+template <typename F>
+const F& Traced(const F& f) {
+  return f;
+}
+#endif
+
 // Splits [begin, end) over torch's thread pool; f(begin, end).
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  if (begin < end) torch::stable::parallel_for(begin, end, grain, f);
+  if (begin < end) torch::stable::parallel_for(begin, end, grain, Traced(f));
 }
 
 inline int64_t thread_count() { return torch::stable::get_num_threads(); }

@@ -13,6 +13,7 @@ import torch
 from .errors import LibraryError
 
 _FOLDER = Path(__file__).resolve().parent
+_SANITIZERS = {"address": "_asan", "thread": "_tsan"}
 _ADVICE = "run: pip install --no-build-isolation ."
 
 
@@ -53,8 +54,8 @@ def _load_cpu() -> LibraryStatus:
     if _op_defined("conv_bn_act"):
         # A namespace is defined once in a process; a second copy would abort it.
         return LibraryStatus("cpu", True, None, None)
-    sanitized = os.environ.get("RESNET_FAST_SANITIZE") == "address"
-    return _load_library("cpu", "_C_cpu_asan" if sanitized else "_C_cpu")
+    suffix = _SANITIZERS.get(os.environ.get("RESNET_FAST_SANITIZE", ""), "")
+    return _load_library("cpu", f"_C_cpu{suffix}")
 
 
 def _load_cuda(cpu: LibraryStatus) -> LibraryStatus:

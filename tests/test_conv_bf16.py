@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from fuzz_support import random_geometries
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -109,11 +110,7 @@ def test_activations(act: str, affine: bool) -> None:
     check(site_of((2, 34, 6, 5), (70, 34, 3, 3), padding=1, act=act, residual=True, affine=affine))
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-)
+@random_geometries(40)
 @given(data=st.data())
 def test_random_geometries(data: st.DataObject) -> None:
     def draw(low: int, high: int) -> int:

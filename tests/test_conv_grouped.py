@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from fuzz_support import check_in_integers, random_geometries
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from isa_support import rerun_below
 from torch import Tensor
@@ -124,15 +123,9 @@ def test_activations(act: str, affine: bool, groups: int, dtype: str) -> None:
     check(site_of((2, 40, 6, 8), 40, groups, act=act, residual=True, affine=affine, dtype=dtype))
 
 
-@settings(
-    max_examples=int(os.environ.get("RESNET_FAST_EXAMPLES", "60")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-    derandomize=True,
-    database=None,
-)
+@random_geometries(60)
 @given(data=st.data())
-def test_random_geometries(data: st.DataObject) -> None:
+def test_random_geometries_in_integers(data: st.DataObject) -> None:
     def draw(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
 
@@ -141,13 +134,13 @@ def test_random_geometries(data: st.DataObject) -> None:
     size, kernel = (draw(1, 20), draw(1, 20)), (draw(1, 5), draw(1, 5))
     stride, padding, dilation = draw(1, 3), draw(0, 3), draw(1, 2)
     assume(all(n + 2 * padding > dilation * (r - 1) for n, r in zip(size, kernel, strict=True)))
-    check(
-        site_of(
-            (draw(1, 3), groups * channels, *size), groups * filters, groups, kernel, stride,
-            padding, dilation, residual=data.draw(st.booleans()),
-            act=data.draw(st.sampled_from(["none", "relu", "relu6", "silu"])),
-        )
+    site = site_of(
+        (draw(1, 3), groups * channels, *size), groups * filters, groups, kernel, stride,
+        padding, dilation, residual=data.draw(st.booleans()),
+        act=data.draw(st.sampled_from(["none", "relu", "relu6", "silu"])),
     )  # fmt: skip
+    poison_pool(torch.float32)
+    check_in_integers("direct", site)
 
 
 @pytest.mark.parametrize("groups", [32, 8])

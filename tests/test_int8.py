@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from fuzz_support import random_geometries
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from isa_support import rerun_below
 from torch import Tensor
@@ -125,7 +126,7 @@ def test_activations(act: str) -> None:
         check(*GEOMETRIES[name], act, False, seed=3)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@random_geometries(100)
 @given(data=st.data())
 def test_random_geometries(data: st.DataObject) -> None:
     draw = data.draw

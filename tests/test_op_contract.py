@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from fuzz_support import random_geometries
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -447,13 +448,7 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-)
+@random_geometries(200, repeatable=True)
 @given(convolutions())
 def test_any_geometry(kwargs: dict[str, Any]) -> None:
     truth = ops.module("conv_bn_act").reference(**map_tensors(kwargs, Tensor.double))
