@@ -40,18 +40,18 @@ asan: $(VENV)/.built
 	RESNET_FAST_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  RESNET_FAST_EXAMPLES=10 \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
-	  $(python) -m pytest --capture=sys tests/test_op_contract.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_int8.py tests/test_sequence.py tests/test_sequence_ops.py tests/test_sequence_lists.py tests/test_sequence_stripes.py tests/test_errors.py \
+	  $(python) -m pytest --capture=sys tests/test_op_contract.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_int8.py tests/test_sequence.py tests/test_sequence_ops.py tests/test_sequence_lists.py tests/test_sequence_stripes.py tests/test_sequence_pieces.py tests/test_errors.py \
 	  -k 'not compile and not opcheck and not memory_is_kept and not lower_instruction and not without_the_library'
 
 # The same library under ThreadSanitizer, on more threads than most machines that build have cores:
 # networks as one call, convolutions shared between threads, two models in two threads. setarch
-# switches the randomised addresses off that it cannot map. A quarter of an hour on two cores.
+# switches the randomised addresses off that it cannot map.
 tsan: $(VENV)/.built
 	RESNET_FAST_SANITIZE=thread $(python) setup.py -q build_ext --inplace
 	RESNET_FAST_SANITIZE=thread RESNET_FAST_TEST_THREADS=3 RESNET_FAST_EXAMPLES=10 \
 	  TSAN_OPTIONS="exitcode=66 ignore_noninstrumented_modules=1 suppressions=tests/tsan.txt" \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libtsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
-	  setarch -R $(python) -m pytest --capture=sys tests/test_sequence.py tests/test_sequence_ops.py tests/test_sequence_lists.py tests/test_sequence_stripes.py tests/test_dropin.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_int8.py \
+	  setarch -R $(python) -m pytest --capture=sys tests/test_sequence.py tests/test_sequence_ops.py tests/test_sequence_lists.py tests/test_sequence_stripes.py tests/test_sequence_pieces.py tests/test_dropin.py tests/test_conv_candidates.py tests/test_conv_bf16.py tests/test_conv_grouped.py tests/test_int8.py \
 	  -k '(test_sequence_ or thread or test_shapes) and not compile and not opcheck and not memory_is_kept and not lower_instruction and not without_the_library'
 
 # The CUDA sources for every architecture there is code for, warnings being errors as in any build,

@@ -120,7 +120,7 @@ def native() -> ModuleType | None:
 
 
 def release_memory() -> int:
-    """Give the memory kept for the outputs of CPU layers back to the system; returns its bytes.
+    """Give the memory kept for CPU layers back to the system; returns its bytes.
 
     Layers keep their large outputs' memory for the next forward, at most half more than was ever in
     use at once, as ``torch.cuda`` does on a GPU: page faults are a quarter of a forward otherwise.

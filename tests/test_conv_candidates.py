@@ -426,6 +426,20 @@ def test_guards_name_the_argument(call, changes, names) -> None:
         call(**changes)()
 
 
+def test_weights_do_not_keep_an_outputs_memory() -> None:
+    """Weights that were packed where an output had been would keep its whole segment in use."""
+    gc.collect()
+    x, weight = torch.randn(1, 8, 256, 256), torch.randn(64, 8, 3, 3)
+    packed = torch.ops.resnet_fast._direct_weight(weight, 1)
+    resnet_fast.release_memory()
+    y = direct(x=x, packed=packed, weight=weight)()
+    size = y.numel() * 4
+    del y
+    kept = torch.ops.resnet_fast._direct_weight(torch.randn(128, 128, 3, 3), 1)
+    assert resnet_fast.release_memory() >= size
+    assert kept.isfinite().all()
+
+
 def test_memory_is_kept_and_given_back() -> None:
     gc.collect()  # outputs in other tests' reference cycles are in use, and hold their segments
     resnet_fast.release_memory()

@@ -1,5 +1,8 @@
 #include "pool.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -18,15 +21,24 @@ constexpr size_t kPooledBytes = size_t(64) << 10;  // smaller blocks are malloc'
 constexpr size_t kUnit = size_t(64) << 10;         // blocks are cut at multiples of it
 constexpr size_t kHugePage = size_t(2) << 20;
 
+// How long what a pool holds lives. Weights have a pool of their own: one that were put where an
+// output was would keep that output's whole segment.
+enum Life { kPassing, kLasting };
+
 // Segments from the system, cut into blocks; best fit, and free neighbours grow together, so that
 // layers of any size use the same memory. Segments that are free as a whole go back to the system
-// before a new one would take the pool past half more than was ever in use at once.
+// where they, or a new one, would take the pool past what was ever in use at once, and half of that
+// where what it holds is passing.
 class Pool {
  public:
   // Never destroyed: tensors may outlive static destruction.
-  static Pool& instance() {
-    static Pool* pool = new Pool();
-    return *pool;
+  static Pool& of(Life life) {
+    static Pool* const pools = [] {
+      // A child of fork() must not find a lock held by a thread that it does not have.
+      pthread_atfork([] { lock(true); }, [] { lock(false); }, [] { lock(false); });
+      return new Pool[2]{Pool(2), Pool(0)};
+    }();
+    return pools[life];
   }
 
   void* take(size_t bytes) {
@@ -69,6 +81,7 @@ class Pool {
       at = before;
     }
     free_.insert({at->second.size, at->first});
+    drop_free_segments(bound());  // what was in use when the others were released
   }
 
   size_t release() {
@@ -87,10 +100,14 @@ class Pool {
   };
   using Blocks = std::map<std::byte*, Block>;
 
-  Pool() {
-    // A child of fork() must not find the lock held by a thread that it does not have.
-    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                   [] { instance().mutex_.unlock(); });
+  // Keeps a part in `spare` more than was ever in use; nothing more if 0.
+  explicit Pool(size_t spare) : spare_(spare) {}
+
+  static void lock(bool locks) {
+    for (const Life life : {kPassing, kLasting}) {
+      std::mutex& mutex = of(life).mutex_;
+      locks ? mutex.lock() : mutex.unlock();
+    }
   }
 
   static bool joins(Blocks::iterator a, Blocks::iterator b) {
@@ -102,9 +119,10 @@ class Pool {
     free_.insert({block.size, start});
   }
 
+  size_t bound() const { return most_used_ + (spare_ == 0 ? 0 : most_used_ / spare_); }
+
   void add_segment(size_t size) {
-    const size_t bound = most_used_ + most_used_ / 2;
-    drop_free_segments(bound > size ? bound - size : 0);
+    drop_free_segments(bound() > size ? bound() - size : 0);
     auto* segment = static_cast<std::byte*>(std::aligned_alloc(kHugePage, size));
     if (segment == nullptr) throw std::bad_alloc();
     // One fault a 2 MiB page instead of 512, where the system grants it.
@@ -130,6 +148,7 @@ class Pool {
     }
   }
 
+  const size_t spare_;
   std::mutex mutex_;
   Blocks blocks_;
   std::set<std::pair<size_t, std::byte*>> free_;
@@ -137,8 +156,12 @@ class Pool {
   size_t used_ = 0, held_ = 0, most_used_ = 0;
 };
 
-void give_back(void* block) { Pool::instance().give(block); }
+template <Life life>
+void give_back(void* block) {
+  Pool::of(life).give(block);
+}
 
+template <Life life>
 Tensor empty_pooled(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                     ScalarType dtype, const Tensor& like, MemoryFormat format) {
   size_t bytes = dtype == ScalarType::Float                               ? 4
@@ -151,13 +174,13 @@ Tensor empty_pooled(const std::vector<int64_t>& shape, const std::vector<int64_t
   const bool pooled = bytes >= kPooledBytes;
 #endif
   if (!pooled) return empty(shape, dtype, like, format);
-  void* block = Pool::instance().take(bytes);
+  void* block = Pool::of(life).take(bytes);
   try {
     return torch::stable::from_blob(block, IntList(shape.data(), shape.size()),
                                     IntList(strides.data(), strides.size()), like.device(), dtype,
-                                    &give_back);
+                                    &give_back<life>);
   } catch (...) {
-    give_back(block);
+    give_back<life>(block);
     throw;
   }
 }
@@ -175,17 +198,28 @@ Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& like
     step *= shape[d];
   }
   strides[0] = step;
-  return empty_pooled(shape, strides, like.scalar_type(), like, channels_last_format(rank));
+  return empty_pooled<kPassing>(shape, strides, like.scalar_type(), like,
+                                channels_last_format(rank));
 }
 
 Tensor empty_packed(int64_t count, ScalarType dtype, const Tensor& device_of) {
-  return empty_pooled({count}, {1}, dtype, device_of, MemoryFormat::Contiguous);
+  return empty_pooled<kLasting>({count}, {1}, dtype, device_of, MemoryFormat::Contiguous);
 }
 
-int64_t release_pool() { return static_cast<int64_t>(Pool::instance().release()); }
+Tensor empty_arena(int64_t count, ScalarType dtype, const Tensor& device_of) {
+  return empty_pooled<kPassing>({count}, {1}, dtype, device_of, MemoryFormat::Contiguous);
+}
+
+int64_t release_pools() {
+  const size_t bytes = Pool::of(kPassing).release() + Pool::of(kLasting).release();
+#if defined(__GLIBC__)
+  malloc_trim(0);  // what verification has left below blocks in use
+#endif
+  return static_cast<int64_t>(bytes);
+}
 
 }  // namespace resnet_fast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
-  m.impl("_release_memory", TORCH_BOX(&resnet_fast::cpu::release_pool));
+  m.impl("_release_memory", TORCH_BOX(&resnet_fast::cpu::release_pools));
 }

@@ -16,11 +16,14 @@ namespace resnet_fast::cpu {
 // the last tensor over it dies.
 Tensor empty_channels_last(const std::vector<int64_t>& shape, const Tensor& like);
 
-// The same for `count` values of packed weights or activations: large pages spare the product a
-// walk of the page table every 4 KiB.
+// The same for `count` values of packed weights, which outlive every output: large pages spare the
+// product a walk of the page table every 4 KiB.
 Tensor empty_packed(int64_t count, ScalarType dtype, const Tensor& device_of);
 
-// Gives the unused blocks back to the system; returns their bytes.
-int64_t release_pool();
+// The same for `count` values of what a whole call keeps, which it gives back as it ends.
+Tensor empty_arena(int64_t count, ScalarType dtype, const Tensor& device_of);
+
+// Gives the unused blocks back to the system, and what malloc has free; returns the blocks' bytes.
+int64_t release_pools();
 
 }  // namespace resnet_fast::cpu

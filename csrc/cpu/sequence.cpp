@@ -119,22 +119,57 @@ auto with_sequence(const Tensor& x, int64_t number, const F& f) {
   return f(*recording, Sequence<float>(x, recording->constants, steps), TypeTag<float>{});
 }
 
+// A large batch runs in pieces, all layers of one before the next, so that memory does not grow
+// with it. They are as large as this much memory allows, but of no fewer images a thread than let
+// it reuse the weights that it reads.
+constexpr int64_t kArenaBytes = int64_t(64) << 20;
+constexpr int64_t kImages = 4;
+
+int64_t piece_count(int64_t batch, int64_t arena_bytes) {
+  const int64_t fit = std::max(batch * kArenaBytes / std::max<int64_t>(arena_bytes, 1),
+                               kImages * std::max<int64_t>(thread_count(), 2));
+  return batch <= fit ? 1 : (batch + fit - 1) / fit;
+}
+
 // A vector of no elements where a watched tensor has changed.
 Tensor run_sequence(const Tensor& x, int64_t number) {
-  return with_sequence(x, number, [&](const Recording& recording, const auto& sequence, auto tag) {
+  return with_sequence(x, number, [&](const Recording& recording, const auto& whole, auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor y = sequence.output();
+    const Tensor y = whole.output();
     if (y.numel() == 0) return y;
-    const Tensor arena = empty_packed(sequence.arena_size(), x.scalar_type(), x);
-    const bool ran = sequence.run(mutable_data_of<T>(arena), mutable_data_of<T>(y),
-                                  [&] { return is_unchanged(recording); });
-    return ran ? y : empty({0}, x.scalar_type(), x);
+    T* const out = mutable_data_of<T>(y);
+    const auto unchanged = [&] { return is_unchanged(recording); };
+    const int64_t batch = x.size(0);
+    const int64_t pieces = piece_count(batch, whole.arena_size() * int64_t(sizeof(T)));
+    if (pieces == 1) {
+      const Tensor arena = empty_arena(whole.arena_size(), x.scalar_type(), x);
+      const bool ran = whole.run(mutable_data_of<T>(arena), out, unchanged);
+      return ran ? y : empty({0}, x.scalar_type(), x);
+    }
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t first = cut_at(batch, pieces, i), count = cut_at(batch, pieces, i + 1) - first;
+      const Sequence<T> piece(torch::stable::narrow(const_cast<Tensor&>(x), 0, first, count),
+                              recording.constants, list_of(recording.steps));
+      const Tensor arena = empty_arena(piece.arena_size(), x.scalar_type(), x);
+      const bool ran = piece.run(mutable_data_of<T>(arena), out + first * (y.numel() / batch),
+                                 [&] { return i > 0 || unchanged(); });
+      if (!ran) return empty({0}, x.scalar_type(), x);
+    }
+    return y;
   });
 }
 
+// What a run keeps beside its input and output, at most.
 int64_t sequence_bytes(const Tensor& x, int64_t number) {
-  return with_sequence(x, number, [](const Recording&, const auto& sequence, auto tag) {
-    return sequence.arena_size() * int64_t(sizeof(typename decltype(tag)::type));
+  return with_sequence(x, number, [&](const Recording& recording, const auto& whole, auto tag) {
+    using T = typename decltype(tag)::type;
+    const int64_t batch = x.size(0), bytes = whole.arena_size() * int64_t(sizeof(T));
+    const int64_t pieces = piece_count(batch, bytes);
+    if (pieces == 1) return bytes;
+    const int64_t most = (batch + pieces - 1) / pieces;
+    const Sequence<T> piece(torch::stable::narrow(const_cast<Tensor&>(x), 0, 0, most),
+                            recording.constants, list_of(recording.steps));
+    return piece.arena_size() * int64_t(sizeof(T));
   });
 }
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from resnet_fast import _library
 from resnet_fast.fuse.capture import is_hooked
 from resnet_fast.fuse.steps import Ref, Step
 from resnet_fast.nn.alone import Linears, Norms
@@ -84,6 +85,7 @@ class Prefix:
         x = inputs[0]
         if not self._attempts.due(sequence_key(x)):
             return None
+        _library.release_memory()  # what verification has left
         return Recorder(x.contiguous(memory_format=torch.channels_last))
 
     def keep(

@@ -293,6 +293,7 @@ class Sequences:
             return network._head(network._trunk(x))
         # Sites convert their input once for the whole network; done here, it is the same tensor.
         x = x.contiguous(memory_format=torch.channels_last)
+        _library.release_memory()  # what verification has left
         recorder = Recorder(x)
         with recorder():
             trunk = network._trunk(x)
@@ -303,7 +304,9 @@ class Sequences:
             whole = recorder.holds(y)
             without = () if whole else (network.avgpool, network.fc)
             built = build(Structure.below(network, without=without), recorder, whole)
-            if built is not None and not agrees(built, x, y if whole else trunk):
+            last = y if whole else trunk
+            del trunk  # its memory is the arena's, where it is not compared
+            if built is not None and not agrees(built, x, last):
                 built = None
         if built is not None:
             keep(self._known, key, built)
