@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -47,6 +49,16 @@ def convolution(filters: int = 32, channels: int = 32, kernel: int = 1) -> list[
     weight = torch.randn(filters, channels, kernel, kernel, generator=generator)
     packed = torch.ops.resnet_fast._direct_weight(weight, 1)
     return [packed, weight, torch.ones(filters), torch.zeros(filters)]
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def found(net: nn.Module) -> list[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from sequence_support import OPS, convolution, needs_sequences, run, step
+from sequence_support import OPS, convolution, needs_sequences, run, step, threads_set
 from torch import Tensor
 
 import resnet_fast
@@ -24,10 +24,8 @@ STEPS = [
 
 @pytest.fixture(params=[1, 2, 6])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with threads_set(request.param) as count:
+        yield count
 
 
 def images(batch: int) -> Tensor:

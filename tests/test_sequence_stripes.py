@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from isa_support import rerun_below
-from sequence_support import OPS, needs_sequences, run, step
+from sequence_support import OPS, needs_sequences, run, step, threads_set
 from torch import Tensor
 
 from resnet_fast.ops import conv_bn_act_direct
@@ -22,10 +22,8 @@ PLAIN = (1, 1, 1, 1, 0, 0, 1, 1)
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with threads_set(request.param) as count:
+        yield count
 
 
 class Block:

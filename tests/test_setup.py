@@ -60,6 +60,12 @@ def test_a_missing_compiler_is_named_with_advice(tree: Path) -> None:
     assert "or set CXX" in result.stderr.partition(reason)[2]
 
 
+def test_an_unknown_sanitizer_is_named(tree: Path) -> None:
+    result = setup(tree, "--version", RESNET_FAST_SANITIZE="adress")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "RESNET_FAST_SANITIZE=adress: expected one of ['address', 'thread']" in result.stderr
+
+
 def test_a_failing_compiler_ends_in_advice(tree: Path) -> None:
     result = setup(tree, "-q", "build_ext", "--inplace", CXX="/bin/false")
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -84,7 +90,7 @@ def test_nothing_is_compiled_twice_and_a_wheel_holds_what_was_built(tree: Path) 
     built = {"_C_cpu.abi3.so", f"_native{suffix}"}
     assert {path.name for path in tree.glob("resnet_fast/*.so")} == built
     # What other builds have left, beside the sources and where wheels are put together.
-    for name in ("_C_cpu.abi3.so", "_C_cpu_asan.abi3.so", "_C_cuda.abi3.so"):
+    for name in ("_C_cpu.abi3.so", "_C_cpu_asan.abi3.so", "_C_cpu_tsan.abi3.so", "_C_cuda.abi3.so"):
         (tree / "resnet_fast" / name).write_text("stale")
     tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     gone = tree / f"build/lib.{tag}/resnet_fast/gone.py"

@@ -137,37 +137,35 @@ Tensor run_sequence(const Tensor& x, int64_t number) {
     using T = typename decltype(tag)::type;
     const Tensor y = whole.output();
     if (y.numel() == 0) return y;
-    T* const out = mutable_data_of<T>(y);
-    const auto unchanged = [&] { return is_unchanged(recording); };
-    const int64_t batch = x.size(0);
+    const auto run = [&](const Sequence<T>& sequence, int64_t image) {
+      const Tensor arena = empty_arena(sequence.arena_size(), x.scalar_type(), x);
+      return sequence.run(mutable_data_of<T>(arena),
+                          mutable_data_of<T>(y) + image * (y.numel() / y.size(0)),
+                          [&] { return image > 0 || is_unchanged(recording); });
+    };
+    Tensor in = whole.input();
+    const int64_t batch = in.size(0);
     const int64_t pieces = piece_count(batch, whole.arena_size() * int64_t(sizeof(T)));
-    if (pieces == 1) {
-      const Tensor arena = empty_arena(whole.arena_size(), x.scalar_type(), x);
-      const bool ran = whole.run(mutable_data_of<T>(arena), out, unchanged);
-      return ran ? y : empty({0}, x.scalar_type(), x);
-    }
-    for (int64_t i = 0; i < pieces; ++i) {
+    bool ran = pieces > 1 || run(whole, 0);
+    for (int64_t i = 0; ran && i < pieces && pieces > 1; ++i) {
       const int64_t first = cut_at(batch, pieces, i), count = cut_at(batch, pieces, i + 1) - first;
-      const Sequence<T> piece(torch::stable::narrow(const_cast<Tensor&>(x), 0, first, count),
-                              recording.constants, list_of(recording.steps));
-      const Tensor arena = empty_arena(piece.arena_size(), x.scalar_type(), x);
-      const bool ran = piece.run(mutable_data_of<T>(arena), out + first * (y.numel() / batch),
-                                 [&] { return i > 0 || unchanged(); });
-      if (!ran) return empty({0}, x.scalar_type(), x);
+      ran = run({torch::stable::narrow(in, 0, first, count), recording.constants,
+                 list_of(recording.steps)},
+                first);
     }
-    return y;
+    return ran ? y : empty({0}, x.scalar_type(), x);
   });
 }
 
 // What a run keeps beside its input and output, at most.
 int64_t sequence_bytes(const Tensor& x, int64_t number) {
-  return with_sequence(x, number, [&](const Recording& recording, const auto& whole, auto tag) {
+  return with_sequence(x, number, [](const Recording& recording, const auto& whole, auto tag) {
     using T = typename decltype(tag)::type;
-    const int64_t batch = x.size(0), bytes = whole.arena_size() * int64_t(sizeof(T));
+    Tensor in = whole.input();
+    const int64_t batch = in.size(0), bytes = whole.arena_size() * int64_t(sizeof(T));
     const int64_t pieces = piece_count(batch, bytes);
     if (pieces == 1) return bytes;
-    const int64_t most = (batch + pieces - 1) / pieces;
-    const Sequence<T> piece(torch::stable::narrow(const_cast<Tensor&>(x), 0, 0, most),
+    const Sequence<T> piece(torch::stable::narrow(in, 0, 0, (batch + pieces - 1) / pieces),
                             recording.constants, list_of(recording.steps));
     return piece.arena_size() * int64_t(sizeof(T));
   });

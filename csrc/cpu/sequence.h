@@ -103,6 +103,9 @@ class Sequence {
 
   int64_t arena_size() const { return arena_.size(); }
 
+  // The input in the layout that the first step reads.
+  const Tensor& input() const { return x_; }
+
   Tensor output() const {
     const Value& last = arena_[steps_.back().out];
     return empty_channels_last({x_.size(0), last.channels, last.height, last.width}, x_);
