@@ -426,7 +426,7 @@ def test_guards_name_the_argument(call, changes, names) -> None:
         call(**changes)()
 
 
-def test_no_memory_is_kept_by_weights_in_its_place() -> None:
+def test_no_output_memory_is_kept_by_weights() -> None:
     """Weights that were packed where an output had been would keep its whole segment in use."""
     gc.collect()
     x, weight = torch.randn(1, 8, 256, 256), torch.randn(64, 8, 3, 3)
