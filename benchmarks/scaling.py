@@ -125,19 +125,15 @@ def table(rows: Sequence[Row]) -> Table:
     return drawn
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw the time a megapixel over batches and over sizes, a row of panels a number of threads.
-
-    Raises ``ArgumentError`` for another suffix than .svg or .png, ``LibraryError`` without
-    matplotlib.
-    """
-    check_plot(path)
+def draw(result: dict[str, Any]) -> Any:
+    """matplotlib's figure of the time a megapixel over batches and over sizes, a row of panels a
+    number of threads; None where no axis has two points."""
     from matplotlib.figure import Figure
 
     rows = result["rows"]
     panels = axes_of(rows)
     if not panels:
-        return
+        return None
     across = 1 + any(axis != panels[0][1] for _, axis, _ in panels)
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(5.0 * across, 3.4 * down), layout="constrained")
@@ -157,17 +153,29 @@ def plot(result: dict[str, Any], path: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks := sorted({row[axis] for row in line}), [str(t) for t in ticks])
         panel.minorticks_off()
-        panel.set_ylim(bottom=0)
         panel.grid(axis="y", linewidth=0.4)
         where = f"images of {line[0]['size']}²" if axis == "batch" else "one image"
         panel.set_title(f"{where}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
         panel.set_xlabel("images in a batch" if axis == "batch" else "side of the image (pixels)")
+    grid[0, 0].set_ylim(bottom=0)  # shared; fixed only once every line is there
     for panel in grid[:, 0]:
         panel.set_ylabel("ms a megapixel")
     grid[0, 0].legend(fontsize=8)
     facts = result["environment"]
     figure.suptitle(f"{rows[0]['model']} {rows[0]['dtype']} on {facts['cpu']}", fontsize=11)
-    figure.savefig(path)
+    return figure
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Write :func:`draw`'s figure, if there is one.
+
+    Raises ``ArgumentError`` for another suffix than .svg or .png, ``LibraryError`` without
+    matplotlib.
+    """
+    check_plot(path)
+    figure = draw(result)
+    if figure is not None:
+        figure.savefig(path)
 
 
 def measure(
@@ -235,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress=lambda message: log.print(message, highlight=False),
     )
     result["command"] = f"python -m benchmarks.scaling --model {asked.model} --dtype {asked.dtype}"
+    result["command"] += f" --reps {asked.reps}"
     if asked.out is not None:
         save_json(result, asked.out)
     if asked.plot is not None:

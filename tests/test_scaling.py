@@ -116,6 +116,18 @@ def test_the_plot_names_engines_and_axes(tmp_path: Path) -> None:
         assert words in text
 
 
+def test_every_point_is_inside_the_plot() -> None:
+    pytest.importorskip("matplotlib")
+    steep = level(20) | {(1, 50): 4000.0}
+    figure = scaling.draw({"environment": {"cpu": "a CPU"}, "rows": network(s50=90.0)})
+    beside = [*network(), *rows_of("onnxruntime", steep), *rows_of("openvino", level(9), 1)]
+    for drawn in (figure, scaling.draw({"environment": {"cpu": "a CPU"}, "rows": beside})):
+        for panel in drawn.axes:
+            low, high = panel.get_ylim()
+            points = [y for line in panel.lines for y in line.get_ydata()]
+            assert points and low == 0 and max(points) < high
+
+
 def test_another_kind_of_plot_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="plot"):
         scaling.main(["--plot", str(tmp_path / "scaling.gif")])
