@@ -190,7 +190,7 @@ def test_a_shortcut_of_another_shape_runs_by_the_layers(chains_on_the_cpu: list[
 def test_groups_read_no_step_twice() -> None:
     fused = resnet_fast.accelerate(network("resnet50"), images())
     (program,) = dict.fromkeys(fused.__dict__[resnet_fast.fuse.capture.STATE].programs.values())
-    modules, refusal = program._enter(fused)
+    modules, refusal = program.enter(fused)
     assert refusal is None
     groups = fuse_chain.groups_of(program, modules)
     members = [index for found in groups for index in found.steps]

@@ -3,22 +3,25 @@
 
 #include <pthread.h>
 
-#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
 
-#include "../math/fingerprint.h"
+#include "watch.h"
 
 namespace resnet_fast::cpu {
 namespace {
+
+// What a sequence is made for: the dtype, shape [N, C, H, W] and threads.
+using SequenceKey = std::array<int64_t, 6>;
 
 // A recorded list of steps, with what it was derived from.
 struct Recording {
   std::vector<Tensor> constants;
   std::vector<int64_t> steps;
-  std::vector<Tensor> watched;  // alive as long as their memory is looked at
-  std::vector<uint64_t> fingerprints;
+  std::vector<Watch::Held> watched;  // alive as long as their memory is looked at
+  // The sequences that were made of it, behind the lock of all recordings.
+  mutable std::map<SequenceKey, std::shared_ptr<const void>> made;
 };
 
 uint64_t bytes_from(const Tensor& t) {
@@ -50,6 +53,32 @@ class Recordings {
     return found->second;
   }
 
+  // The sequence for inputs of that size: a list of steps takes longer to read than to look up.
+  template <typename T>
+  std::shared_ptr<const Sequence<T>> sequence(const Recording& recording,
+                                              const std::array<int64_t, 4>& size) {
+    constexpr size_t kKept = 8;
+    const SequenceKey key = {static_cast<int64_t>(Sequence<T>::kType),
+                             size[0],
+                             size[1],
+                             size[2],
+                             size[3],
+                             thread_count()};
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      const auto found = recording.made.find(key);
+      if (found != recording.made.end()) {
+        return std::static_pointer_cast<const Sequence<T>>(found->second);
+      }
+    }
+    const IntList steps{recording.steps.data(), recording.steps.size()};
+    auto made = std::make_shared<const Sequence<T>>(size, recording.constants, steps);
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (recording.made.size() == kKept) recording.made.erase(recording.made.begin());
+    recording.made[key] = made;
+    return made;
+  }
+
   void remove(int64_t number) {
     std::shared_ptr<const Recording> last;  // its tensors die outside the lock
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -73,50 +102,31 @@ class Recordings {
 
 int64_t make_sequence(const std::vector<Tensor>& constants, IntList steps,
                       const std::vector<Tensor>& watched) {
-  Recording recording{constants, {steps.begin(), steps.end()}, watched, {}};
+  Recording recording{constants, {steps.begin(), steps.end()}, {}, {}};
   for (const Tensor& t : watched) {
     STD_TORCH_CHECK(t.is_cpu(), "watched: expected CPU tensors");
-    recording.fingerprints.push_back(fingerprint(data_of<unsigned char>(t), bytes_from(t)));
+    const uint64_t bytes = bytes_from(t);
+    recording.watched.push_back({t, bytes, fingerprint(data_of<unsigned char>(t), bytes)});
   }
   return Recordings::instance().add(std::move(recording));
 }
 
 void free_sequence(int64_t number) { Recordings::instance().remove(number); }
 
-// Whether the watched tensors are as they were. The team's threads share the misses of the caches.
-bool is_unchanged(const Recording& r) {
-  const auto count = static_cast<int64_t>(r.watched.size());
-  std::atomic<bool> changed{false};
-  const auto look = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + 1 < end) {
-        prefetch_fingerprint(data_of<unsigned char>(r.watched[i + 1]),
-                             bytes_from(r.watched[i + 1]));
-      }
-      const Tensor& t = r.watched[i];
-      if (fingerprint(data_of<unsigned char>(t), bytes_from(t)) != r.fingerprints[i]) {
-        changed.store(true, std::memory_order_relaxed);
-      }
-    }
-  };
-  run_on_isa([&](auto isa) { parallel_on<decltype(isa)::value>(count, look); });
-  return !changed.load();
-}
-
-IntList list_of(const std::vector<int64_t>& values) { return {values.data(), values.size()}; }
-
-// Calls f with the sequence for x, by x's dtype.
+// Calls f with the recording and the sequence of it for x, by x's dtype.
 template <typename F>
 auto with_sequence(const Tensor& x, int64_t number, const F& f) {
   const auto recording = Recordings::instance().find(number);
-  const IntList steps = list_of(recording->steps);
-  if (x.scalar_type() == ScalarType::BFloat16) {
-    return f(*recording, Sequence<bf16>(x, recording->constants, steps), TypeTag<bf16>{});
-  }
-  if (x.scalar_type() == ScalarType::Byte) {
-    return f(*recording, Sequence<uint8_t>(x, recording->constants, steps), TypeTag<uint8_t>{});
-  }
-  return f(*recording, Sequence<float>(x, recording->constants, steps), TypeTag<float>{});
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0, "x: expected shape [N, C, H, W]");
+  const std::array<int64_t, 4> size = {x.size(0), x.size(1), x.size(2), x.size(3)};
+  const auto call = [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return f(*recording, *Recordings::instance().sequence<T>(*recording, size), tag);
+  };
+  if (x.scalar_type() == ScalarType::BFloat16) return call(TypeTag<bf16>{});
+  if (x.scalar_type() == ScalarType::Byte) return call(TypeTag<uint8_t>{});
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x: expected float32, bfloat16 or uint8");
+  return call(TypeTag<float>{});
 }
 
 // A large batch runs in pieces, all layers of one before the next, so that memory does not grow
@@ -131,43 +141,51 @@ int64_t piece_count(int64_t batch, int64_t arena_bytes) {
   return batch <= fit ? 1 : (batch + fit - 1) / fit;
 }
 
+// The sequence for `count` images like those of x.
+template <typename T>
+auto piece_of(const Recording& recording, const Tensor& x, int64_t count) {
+  return Recordings::instance().sequence<T>(recording, {count, x.size(1), x.size(2), x.size(3)});
+}
+
 // A vector of no elements where a watched tensor has changed.
 Tensor run_sequence(const Tensor& x, int64_t number) {
   return with_sequence(x, number, [&](const Recording& recording, const auto& whole, auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor y = whole.output();
+    const auto [batch, channels, height, width] = whole.output();
+    const Tensor y = empty_channels_last({batch, channels, height, width}, x);
     if (y.numel() == 0) return y;
+    const bool planar = whole.takes_planar() && x.is_contiguous() && !is_channels_last(x);
+    const Tensor in = planar ? x : as_format(x, MemoryFormat::ChannelsLast);
+    const int64_t bytes = whole.arena_size() * int64_t(sizeof(T));
+    const int64_t pieces = piece_count(batch, bytes);
+    Watch watch(recording.watched);
     const auto run = [&](const Sequence<T>& sequence, int64_t image) {
       const Tensor arena = empty_arena(sequence.arena_size(), x.scalar_type(), x);
-      return sequence.run(mutable_data_of<T>(arena),
-                          mutable_data_of<T>(y) + image * (y.numel() / y.size(0)),
-                          [&] { return image > 0 || is_unchanged(recording); });
+      sequence.run(data_of<T>(in) + image * (in.numel() / batch), planar, mutable_data_of<T>(arena),
+                   mutable_data_of<T>(y) + image * (y.numel() / batch), &watch);
     };
-    Tensor in = whole.input();
-    const int64_t batch = in.size(0);
-    const int64_t pieces = piece_count(batch, whole.arena_size() * int64_t(sizeof(T)));
-    bool ran = pieces > 1 || run(whole, 0);
-    for (int64_t i = 0; ran && i < pieces && pieces > 1; ++i) {
-      const int64_t first = cut_at(batch, pieces, i), count = cut_at(batch, pieces, i + 1) - first;
-      ran = run({torch::stable::narrow(in, 0, first, count), recording.constants,
-                 list_of(recording.steps)},
-                first);
+    if (pieces == 1) {
+      run(whole, 0);
+    } else {
+      for (int64_t i = 0; i < pieces && watch.holds(); ++i) {
+        const int64_t first = cut_at(batch, pieces, i);
+        run(*piece_of<T>(recording, x, cut_at(batch, pieces, i + 1) - first), first);
+      }
     }
-    return ran ? y : empty({0}, x.scalar_type(), x);
+    // What was computed with weights that are no longer the module's is nobody's.
+    return watch.holds() ? y : empty({0}, x.scalar_type(), x);
   });
 }
 
 // What a run keeps beside its input and output, at most.
 int64_t sequence_bytes(const Tensor& x, int64_t number) {
-  return with_sequence(x, number, [](const Recording& recording, const auto& whole, auto tag) {
+  return with_sequence(x, number, [&](const Recording& recording, const auto& whole, auto tag) {
     using T = typename decltype(tag)::type;
-    Tensor in = whole.input();
-    const int64_t batch = in.size(0), bytes = whole.arena_size() * int64_t(sizeof(T));
+    const int64_t batch = x.size(0), bytes = whole.arena_size() * int64_t(sizeof(T));
     const int64_t pieces = piece_count(batch, bytes);
     if (pieces == 1) return bytes;
-    const Sequence<T> piece(torch::stable::narrow(in, 0, 0, (batch + pieces - 1) / pieces),
-                            recording.constants, list_of(recording.steps));
-    return piece.arena_size() * int64_t(sizeof(T));
+    return piece_of<T>(recording, x, (batch + pieces - 1) / pieces)->arena_size() *
+           int64_t(sizeof(T));
   });
 }
 

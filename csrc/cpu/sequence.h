@@ -74,15 +74,16 @@ class Sequence {
                                       : kIsBytes ? ScalarType::Byte
                                                  : ScalarType::BFloat16;
 
-  Sequence(const Tensor& x, const std::vector<Tensor>& constants, IntList records) : x_(x) {
-    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == kType,
-                    "x: expected a CPU tensor of float32, bfloat16 or uint8");
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0, "x: expected shape [N, C, H, W]");
+  // For inputs of `size`, [N, C, H, W], and as many threads as there are now. The constants outlive
+  // it.
+  Sequence(const std::array<int64_t, 4>& size, const std::vector<Tensor>& constants,
+           IntList records)
+      : batch_(size[0]) {
     const auto fields = static_cast<int64_t>(records.size());
     STD_TORCH_CHECK(fields > 0 && fields % kFields == 0, "steps: expected ", kFields,
                     " integers a step");
     const int64_t count = fields / kFields;
-    arena_.add({x.size(1), x.size(2), x.size(3)});
+    arena_.add({size[1], size[2], size[3]});
     steps_.reserve(count);
     for (int64_t i = 0; i < count; ++i) {
       Record r;
@@ -95,44 +96,39 @@ class Sequence {
       join_parts();
     }
     place();
-    // A stem reads its bands from either layout; anything else wants channels-last.
-    planar_ = x.is_contiguous() && !is_channels_last(x) && arena_[0].reads == 1 &&
-              steps_[0].kind == Kind::direct && reads_bands(steps_[0].g);
-    if (!planar_) x_ = as_format(x, MemoryFormat::ChannelsLast);
   }
 
   int64_t arena_size() const { return arena_.size(); }
 
-  // The input in the layout that the first step reads.
-  const Tensor& input() const { return x_; }
-
-  Tensor output() const {
-    const Value& last = arena_[steps_.back().out];
-    return empty_channels_last({x_.size(0), last.channels, last.height, last.width}, x_);
+  // Whether it also takes inputs in NCHW: a stem reads its bands from either layout.
+  bool takes_planar() const {
+    return arena_[0].reads == 1 && steps_[0].kind == Kind::direct && reads_bands(steps_[0].g);
   }
 
-  // `memory` holds arena_size() elements. The team asks holds() before the first step; false where
-  // it says no.
-  template <typename F>
-  bool run(T* memory, T* y, const F& holds) const {
-    bool ran = false;
+  // The size of the output.
+  std::array<int64_t, 4> output() const {
+    const Value& last = arena_[steps_.back().out];
+    return {batch_, last.channels, last.height, last.width};
+  }
+
+  // y of x, which is channels-last unless it is planar. `memory` holds arena_size() elements. The
+  // team runs the errand, if there is one, meanwhile.
+  void run(const T* x, bool planar, T* memory, T* y, Errand* errand) const {
     const int64_t result = steps_.back().out;
     const auto at = [&](int64_t value) -> T* {
       const Value& v = arena_[value];
       return (v.whole == result ? y : memory + arena_[v.whole].at) + v.channel;
     };
-    Team::run([&] {
-      ran = holds();
-      if (!ran) return;
+    const auto drive = [&] {
       for (const Step& s : steps_) {
         if (s.is_folded) continue;
         const int64_t read = first_read(s);
-        const T* in = read == 0 ? data_of<T>(x_) : at(read);
-        const T* second = s.second < 0 ? nullptr : s.second == 0 ? data_of<T>(x_) : at(s.second);
-        run_step(s, in, read == 0 && planar_, second, at(s.out));
+        const T* in = read == 0 ? x : at(read);
+        const T* second = s.second < 0 ? nullptr : s.second == 0 ? x : at(s.second);
+        run_step(s, in, read == 0 && planar, second, at(s.out));
       }
-    });
-    return ran;
+    };
+    Team::run(drive, errand);
   }
 
  private:
@@ -216,7 +212,7 @@ class Sequence {
     const Value from = arena_[r.in];
     Step s{r.kind, r.in, r.second, r.out, static_cast<Act>(r.act)};
     Geometry& g = s.g;
-    g.batch = x_.size(0);
+    g.batch = batch_;
     g.channels = from.channels;
     g.filters = convolves(r.kind) || r.kind == Kind::pad_channels ? r.filters : from.channels;
     g.groups = r.groups;
@@ -475,12 +471,11 @@ class Sequence {
       s.g.y_pitch = arena_.pitch(s.out);
       if (s.is_folded || arena_[s.out].whole == result) continue;
       const int64_t i = s.out - 1;
-      arena_.place(s.out, i, overwritten(s, i), x_.size(0), kLine);
+      arena_.place(s.out, i, overwritten(s, i), batch_, kLine);
     }
   }
 
-  Tensor x_;
-  bool planar_ = false;
+  const int64_t batch_;
   Arena arena_;
   std::vector<Step> steps_;
 };

@@ -36,6 +36,15 @@ inline void relax() {
 #endif
 }
 
+// What the threads of a team do besides, a little after each task.
+class Errand {
+ public:
+  virtual void go_on(int64_t rank) = 0;
+
+ protected:
+  ~Errand() = default;
+};
+
 // Threads that stay together for many layers. One drives; the others help with whatever is being
 // shared. A fork and a join a layer costs microseconds each, and where another process keeps a core
 // busy, a join waits for a thread that has not even begun. Here the driver takes over what a helper
@@ -47,11 +56,12 @@ inline void relax() {
 // on the driver's core leaves it.
 class Team {
  public:
-  // Calls drive() on one of torch's threads, with the others as helpers. drive must not throw.
+  // Calls drive() on one of torch's threads, with the others as helpers. drive must not throw. All
+  // of them go on with the errand, if there is one.
   template <typename F>
-  static void run(const F& drive) {
+  static void run(const F& drive, Errand* errand = nullptr) {
     const int64_t size = thread_count();
-    Team team(size);
+    Team team(size, errand);
     parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
       if (first != 0) return team.help(first);
       // Torch may run it all in this thread; the helpers then find that it is over.
@@ -68,6 +78,7 @@ class Team {
   static Team* current() { return current_; }
 
   int64_t size() const { return size_; }
+  Errand* errand() const { return errand_; }
 
   // Calls work(0) here and work(rank) on each helper that comes while it runs. The work itself
   // says who does what: a helper may not come at all.
@@ -90,7 +101,7 @@ class Team {
   // A helper on a core of its own wakes within 100 us.
   static constexpr std::chrono::microseconds kPatience{150};
 
-  explicit Team(int64_t size) : size_(size), misses_(size > 1) {}
+  Team(int64_t size, Errand* errand) : size_(size), errand_(errand), misses_(size > 1) {}
 
   void make_room() {
     misses_ = come_.load(std::memory_order_relaxed) < size_ - 1;
@@ -141,6 +152,7 @@ class Team {
   static inline thread_local Team* current_ = nullptr;
 
   const int64_t size_;
+  Errand* const errand_;
   const std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
   bool misses_;  // whether a helper may not have come yet
 #if defined(__linux__)
@@ -194,6 +206,8 @@ void parallel_on(int64_t tasks, const F& f) {
     ranges[t].end = end;
     ranges[t].step = std::max<int64_t>(1, (end - begin) / 8);
   }
+  Team* const team = Solo::is_active() ? nullptr : Team::current();
+  Errand* const errand = team == nullptr ? nullptr : team->errand();
   const auto work = [&](int64_t rank) {
     run_on_isa([&](auto same) RF_INLINE {
       if constexpr (decltype(same)::value == I) {
@@ -203,13 +217,14 @@ void parallel_on(int64_t tasks, const F& f) {
             const int64_t begin = range.next.fetch_add(range.step, std::memory_order_relaxed);
             if (begin >= range.end) break;
             f(begin, std::min(range.end, begin + range.step));
+            if (errand != nullptr) errand->go_on(rank);
           }
         }
       }
     });
   };
   if (Solo::is_active()) return work(0);
-  if (Team* team = Team::current()) return team->share(work);
+  if (team != nullptr) return team->share(work);
   parallel_for(0, threads, 1, [&](int64_t first, int64_t) { work(first); });
 }
 

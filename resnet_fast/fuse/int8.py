@@ -85,31 +85,33 @@ class Int8:
         """The sequences of the first steps."""
         return self._prefix
 
-    def run(
-        self, program: Program, modules: list[nn.Module], inputs: list[Any]
-    ) -> tuple[bool, list[Any]]:
+    def run(self, program: Program, root: nn.Module, inputs: list[Any]) -> tuple[bool, list[Any]]:
         """The program's slots after a run on bytes; False where this call is not for bytes."""
-        if torch.compiler.is_compiling() or modules[0].training:
+        if torch.compiler.is_compiling() or root.training:
             return False, []
         if not inputs or not all(map(_may_run, inputs)):
             return False, []
         slots: list[Any] = [*inputs, *([None] * (program.size - len(inputs)))]
         layout = all(value.is_contiguous() for value in inputs)
-        cuts = program.cuts if 0 in self.grids else []
-        if not cuts:
-            self._steps(program, program.steps, modules, slots, layout)
-            return True, slots
-        grid = self.grids[0]
-        first = Bytes(int8.quantize(inputs[0], grid), grid, inputs[0])
-        taken = self._prefix.run([first.q])
-        if taken is not None:
-            count, q = taken
-            out = program.steps[count - 1].out
-            slots[out] = Bytes(q, self.grids[out])
-            self._steps(program, program.steps[count:], modules, slots, layout)
-            return True, slots
-        slots[0] = first
-        recorder = self._prefix.recorder([first.q])
+        first = None
+        if program.cuts and 0 in self.grids:
+            grid = self.grids[0]
+            first = Bytes(int8.quantize(inputs[0], grid), grid, inputs[0])
+            taken = self._prefix.run([first.q])
+            if taken is not None:
+                count, q = taken
+                out = program.steps[count - 1].out
+                slots[out] = Bytes(q, self.grids[out])
+                modules = program.guarded_modules(root)
+                self._steps(program, program.steps[count:], modules, slots, layout)
+                return True, slots
+        modules, refusal = program.enter(root)
+        if refusal is not None:
+            return False, []
+        recorder = None
+        if first is not None:
+            slots[0] = first
+            recorder = self._prefix.recorder([first.q])
         if recorder is None:
             self._steps(program, program.steps, modules, slots, layout)
         else:
@@ -146,7 +148,8 @@ class Int8:
                 for leaf in leaves_of(step)
             ]
             recorder.cut(steps)
-            self._prefix.keep(recorder, count, value, called, modules)
+            modal = program.training is not None
+            self._prefix.keep(recorder, count, value, called, modules, modal)
 
     def _steps(
         self,

@@ -95,6 +95,7 @@ class Prefix:
         value: Tensor,
         modules: list[nn.Module],
         parents: list[nn.Module],
+        modal: bool,
     ) -> None:
         """Keep the sequence of ``record``, if it does what the first ``count`` steps did.
 
@@ -103,10 +104,11 @@ class Prefix:
             count: of the program's steps.
             value: the last one's result.
             modules: those that the steps called.
-            parents: those that they were looked up in.
+            parents: those that they were looked up in, from the root on.
+            modal: whether the program is of one mode, and so of modules that are all in it.
         """
         x = record.x
-        structure = Structure(modules, [*parents, *modules])
+        structure = Structure(modules, [*parents, *modules], parents[1:], modal)
         built = build(structure, record, whole=value.dim() == 2)
         if built is None or not agrees(built, x, value):
             return

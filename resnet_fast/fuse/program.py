@@ -268,13 +268,18 @@ class Program:
 
     def modules(self, root: nn.Module) -> list[nn.Module]:
         """The containers that the steps look modules up in, as far as they are what was traced."""
-        return self._enter(root)[0]
+        return self.enter(root)[0]
+
+    def guarded_modules(self, root: nn.Module) -> list[nn.Module]:
+        """All of them, where a sequence's guard has just seen that they are what was traced."""
+        return [root, *self.containers]
 
     def refusal(self, root: nn.Module) -> str | None:
         """The reason code that keeps the program from running now, or None."""
-        return self._enter(root)[1]
+        return self.enter(root)[1]
 
-    def _enter(self, root: nn.Module) -> tuple[list[nn.Module], str | None]:
+    def enter(self, root: nn.Module) -> tuple[list[nn.Module], str | None]:
+        """The containers, and the reason code that keeps the program from running now, or None."""
         modules = [root]
         if len(root._modules) != self.root_size:
             return modules, "REPLACED"
@@ -293,13 +298,17 @@ class Program:
 
     def run(self, root: nn.Module, inputs: list[Any]) -> tuple[bool, Any]:
         """``(True, result)``, or ``(False, None)`` where ``root`` is not what was traced."""
-        modules, refusal = self._enter(root)
-        if refusal is not None:
-            return False, None
         if self.int8 is not None and self.observe is None:
-            ran, slots = self.int8.run(self, modules, inputs)
+            ran, slots = self.int8.run(self, root, inputs)
             if ran:
                 return True, slots[self.result]
+        if self.cuts and self.observe is None:
+            taken = self.prefix.run(inputs)
+            if taken is not None:
+                return True, self._finish(root, inputs, *taken)
+        modules, refusal = self.enter(root)
+        if refusal is not None:
+            return False, None
         slots = [*inputs, *([None] * (self.size - len(inputs)))]
         layout = all(value.is_contiguous() for value in inputs if isinstance(value, Tensor))
         chained = self.chains.find(self, modules, inputs) if self.observe is None else None
@@ -308,17 +317,20 @@ class Program:
             return True, slots[self.result]
         recorder = None
         if self.cuts and self.observe is None:
-            taken = self.prefix.run(inputs)
-            if taken is not None:
-                count, slots[self.steps[count - 1].out] = taken
-                self._run_steps(self.steps[count:], modules, slots, layout)
-                return True, slots[self.result]
             recorder = self.prefix.recorder(inputs)
         if recorder is None:
             self._run_steps(self.steps, modules, slots, layout)
         else:
             self._record(recorder, modules, slots, layout)
         return True, slots[self.result]
+
+    def _finish(self, root: nn.Module, inputs: list[Any], count: int, value: Tensor) -> Any:
+        """The result, once a sequence has taken ``count`` steps."""
+        slots = [*inputs, *([None] * (self.size - len(inputs)))]
+        slots[self.steps[count - 1].out] = value
+        layout = all(x.is_contiguous() for x in inputs if isinstance(x, Tensor))
+        self._run_steps(self.steps[count:], self.guarded_modules(root), slots, layout)
+        return slots[self.result]
 
     def _record(
         self, recorder: Recorder, modules: list[nn.Module], slots: list[Any], layout: bool
@@ -346,7 +358,8 @@ class Program:
                 for leaf in leaves_of(step)
             ]
             recorder.cut(length)
-            self.prefix.keep(recorder, count, value, called, modules)
+            modal = self.training is not None
+            self.prefix.keep(recorder, count, value, called, modules, modal)
 
     def _run_steps(
         self, steps: list[Step], modules: list[nn.Module], slots: list[Any], contiguous: bool
@@ -441,7 +454,7 @@ def run_unfused(target: SiteTarget, conv: Any, bn: Any, act: Any, x: Any, residu
 
 def site_refusal(target: SiteTarget, program: Program, root: nn.Module) -> str | None:
     """The reason code that keeps one site from being fused now, or None."""
-    modules, refusal = program._enter(root)
+    modules, refusal = program.enter(root)
     if refusal is not None:
         return refusal
     conv, bn = _lookup(modules, target.conv), _lookup(modules, target.bn)

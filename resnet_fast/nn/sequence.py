@@ -100,10 +100,19 @@ class Structure:
     Args:
         modules: those whose forward was recorded: none may be hooked, patched or replaced.
         parents: those whose children have to stay.
+        containers: those whose forward was traced through, and has to stay out of it; their mode
+            counts where ``modal``.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], parents: Iterable[nn.Module]) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        parents: Iterable[nn.Module],
+        containers: Iterable[nn.Module] = (),
+        modal: bool = False,
+    ) -> None:
         self.modules, self.parents = tuple(modules), tuple(parents)
+        self.containers, self.modal = tuple(containers), modal
 
     @classmethod
     def below(cls, *roots: nn.Module, without: tuple[nn.Module, ...] = ()) -> Structure:
@@ -129,7 +138,14 @@ class Structure:
             for hooks in hooks_of(m):
                 guard.empty(hooks)
             for name in _PATCHES:
-                guard.absent(m.__dict__, name)
+                if hasattr(type(m), name):
+                    guard.absent(m.__dict__, name)
+        for m in self.containers:
+            for hooks in hooks_of(m):
+                guard.empty(hooks)
+            guard.absent(m.__dict__, "forward")
+            if self.modal:
+                guard.same(m.__dict__, "training", m.training)
         for m in self.parents:
             if m._modules:
                 guard.items(m._modules)
@@ -204,7 +220,7 @@ def may_run(x: Any) -> bool:
     return (
         type(x) is Tensor
         and x.dtype in _BITS
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.layout is torch.strided
         and x.dim() == 4
         and x.shape[0] > 0
