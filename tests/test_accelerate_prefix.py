@@ -90,6 +90,11 @@ def _hook(net: Any) -> None:
     net.layer2.register_forward_hook(lambda module, args, y: y * 2)
 
 
+def _patch_block(net: Any) -> None:
+    block = net.layer2[0]
+    block.forward = lambda x: type(block).forward(block, x) * 2
+
+
 def _hook_conv(net: Any) -> None:
     net.layer2[0].conv1.register_forward_hook(lambda module, args, y: y * 2)
 
@@ -117,6 +122,7 @@ def _replace_head(net: Any) -> None:
         _replace_activation,
         _patch_conv,
         _hook,
+        _patch_block,
         _hook_conv,
         _hook_head,
         _hook_itself,
@@ -136,6 +142,32 @@ def test_edits_show_in_the_next_forward(edit: Callable[[Any], None]) -> None:
     assert torch.equal(y, by_step(edited, x))
     for _ in range(4):
         assert torch.equal(net(x), y)
+
+
+class Doubling(nn.Module):
+    """A block whose forward depends on its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x)))
+        return y * 2 if self.training else y
+
+
+def test_a_block_in_another_mode_than_the_network() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(Doubling(), nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32)).eval()
+    x = images()
+    net = resnet_fast.accelerate(plain, x)
+    ready(net, x)
+    y = net(x)
+    for block in (plain[0], net[0]):
+        block.training = True
+    assert not torch.equal(net(x), y)
+    assert torch.allclose(net(x), plain(x), atol=1e-5)
 
 
 def test_a_head_of_ones_own_keeps_its_hooks() -> None:

@@ -114,6 +114,21 @@ def test_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_threads_and_sizes_that_change_from_call_to_call() -> None:
+    """More of them than a recording keeps sequences for."""
+    net, x = network(), images(14)
+    expected = by_layer(net, x)
+    ready(net, x)
+    before = torch.get_num_threads()
+    try:
+        for turn in range(2):
+            for batch in range(2, 15):
+                torch.set_num_threads(1 + (batch + turn) % 3)
+                assert torch.equal(net(x[:batch]), expected[:batch])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_was_in_the_memory_does_not_show() -> None:
     """The first run leaves NaN in every activation that the second one writes over."""
     net, x = network("resnet50"), images()
