@@ -59,22 +59,32 @@ RF_INLINE inline void load_column(const Geometry& g, const TileAt<T>& at, const 
   }
 }
 
+template <typename Vec>
+using IndexOf = typename Integers<sizeof(Vec)>::Word;
+
+// The permutation that spreads the first channel of each group over its lanes.
+template <typename Vec>
+RF_INLINE inline IndexOf<Vec> first_channels(int64_t per_group) {
+  constexpr int64_t kCount = sizeof(Vec) / sizeof(float);
+  uint32_t firsts[kCount];
+  for (int64_t i = 0; i < kCount; ++i) {
+    firsts[i] = per_group > kCount ? 0u : uint32_t(i / per_group * per_group);
+  }
+  IndexOf<Vec> index;
+  std::memcpy(&index, firsts, sizeof(index));
+  return index;
+}
+
 // acc = the sums of a tile's windows. Where the width of the kernel kWidth and the stride kStride
 // are known, and columns are neighbours, each is loaded, and permuted, once for all windows that it
 // is part of. A line's weights, the sums and a column are 13 registers for a width of 5.
 template <Edge kEdge, bool kDepthwise, int kWidth, int kStride, typename T, typename Vec>
-RF_INLINE inline void sum_windows(const Geometry& g, const TileAt<T>& at, const float* packed,
-                                  Vec (&acc)[kPixels]) {
-  using Index = typename Integers<sizeof(Vec)>::Word;
+RF_INLINE inline void sum_windows(const Geometry& g, const TileAt<T>& at, const IndexOf<Vec>& first,
+                                  const float* packed, Vec (&acc)[kPixels]) {
+  using Index = IndexOf<Vec>;
   constexpr int kCount = sizeof(Vec) / sizeof(float);
   const int64_t per_group = kDepthwise ? 1 : g.group_channels();
   const int64_t vectors = kDepthwise ? 1 : at.vectors, a_vector = per_group / vectors;
-  uint32_t firsts[kCount];
-  for (int i = 0; i < kCount; ++i) {
-    firsts[i] = vectors > 1 ? 0u : uint32_t(i / per_group * per_group);
-  }
-  Index first;
-  std::memcpy(&first, firsts, sizeof(first));
   for (int p = 0; p < kPixels; ++p) acc[p] = Vec{};
   const int64_t width = kWidth > 0 ? kWidth : g.kernel[2];
   for (int64_t i = 0; i < g.kernel[1]; ++i, packed += width * per_group * kCount) {
@@ -206,6 +216,7 @@ RF_INLINE inline void grouped_tasks(const Geometry& g, const DirectOperands<T>& 
   const Cut tile_cut(g.out[2], tiles), channel_cut((g.channels + kLine - 1) / kLine, cut.chunks);
   const int64_t reach = (kPixels - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
   const T zeros[kCount] = {};
+  const auto first = first_channels<Vec>(g.group_channels());
   const auto tile_at = [&](int64_t n, int64_t h, int64_t tile, int64_t c) RF_INLINE {
     TileAt<T> at{};
     const int64_t group = c / g.group_channels() * g.group_channels();
@@ -221,11 +232,11 @@ RF_INLINE inline void grouped_tasks(const Geometry& g, const DirectOperands<T>& 
     const float* packed = static_cast<const float*>(o.packed) + c / kCount * block_size;
     Vec acc[kPixels];
     if (at.channels < kCount) {
-      sum_windows<Edge::lanes, kDepthwise, 0, 0>(g, at, packed, acc);
+      sum_windows<Edge::lanes, kDepthwise, 0, 0>(g, at, first, packed, acc);
     } else if (inside) {
-      sum_windows<Edge::none, kDepthwise, kWidth, kStride>(g, at, packed, acc);
+      sum_windows<Edge::none, kDepthwise, kWidth, kStride>(g, at, first, packed, acc);
     } else {
-      sum_windows<Edge::columns, kDepthwise, kWidth, kStride>(g, at, packed, acc);
+      sum_windows<Edge::columns, kDepthwise, kWidth, kStride>(g, at, first, packed, acc);
     }
     const int64_t out = ((n * g.out[1] + h) * g.out[2] + w) * g.filters + c;
     finish_tile<I>(o, clamp, g.filters, c, at.channels, at.count,

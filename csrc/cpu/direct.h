@@ -32,8 +32,9 @@ struct Panel {
   static constexpr int64_t kDepth = 1024 / sizeof(T);  // a weight block of 32 KiB
 };
 
-constexpr int64_t kChunk = 98;       // pixels: 7 register tiles of 14
-constexpr int64_t kStrip = 256;      // filters: the chunk's sums and panel fit 256 KiB
+constexpr int64_t kChunk = 98;             // pixels: 7 register tiles of 14
+constexpr int64_t kStrip = 256;            // filters: the chunk's sums and panel fit 256 KiB
+constexpr int64_t kKeptBytes = 512 << 10;  // of a chunk's panels; half of a second-level cache
 constexpr int64_t kShortChain = 16;  // products (tile.h), where an output is one pixel an image
 
 // How 8-bit operands stand for real numbers (int8.h).
@@ -191,17 +192,22 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   const Clamp clamp = o.clamp();
   // A classifier's sums are the network's result, and so few that short chains cost nothing.
   const int64_t chain = pixels == g.batch ? std::min<int64_t>(K::kChain, kShortChain) : K::kChain;
-  // In place, rows a multiple of 2 KiB apart would share two sets of the cache. Elsewhere several
-  // panels are read in place where one block of weights serves a few rows at a time.
+  // Several panels are read in place where the rows of a tile do not share so few sets of the cache
+  // that they put each other out: it has 4 KiB in a way.
   const int64_t step = g.x_step();
-  const bool spread = K::kBlockStays && step * int64_t(sizeof(T)) % 1024 != 0;
+  const bool spread = step * int64_t(sizeof(T)) % (K::kBlockStays ? 1024 : 4096) != 0;
   const bool near = depth <= kDepth && (g.x_pitch == 0 || step <= kDepth);
   const bool in_place = g.taps() == 1 && g.pixels() == g.batch * g.in[0] * g.in[1] * g.in[2] &&
                         g.padding == std::array<int64_t, 3>{} && depth == padded &&
                         (near || spread) && o.before.scale == nullptr;
   // Rows of the panel are an odd number of cache lines apart.
   const int64_t panel_stride = ((std::min(padded, kDepth) + kLine - 1) / kLine | 1) * kLine;
-  T* gathered = in_place ? nullptr : panel_memory.get<T>(kChunk * panel_stride);
+  // All panels of a chunk, for its next strip of filters, where they fit; else one at a time.
+  const int64_t panel_size = kChunk * panel_stride, panels = (padded + kDepth - 1) / kDepth;
+  const bool keeps = cut.strips > 1 && panels * panel_size * int64_t(sizeof(T)) <= kKeptBytes;
+  T* const gathered =
+      in_place ? nullptr : panel_memory.get<T>(keeps ? panels * panel_size : panel_size);
+  int64_t kept = -1;  // the chunk of a group whose panels there are
   const int64_t row_stride = in_place ? step : panel_stride;
   const int64_t width = g.group_channels(), filters = g.group_filters();
   const auto* const all_packed = static_cast<const typename K::Packed*>(o.packed);
@@ -224,8 +230,11 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
     const int64_t pieces = (count + kRows - 1) / kRows;
     const Cut piece_cut(count, pieces);
     windows_of(g, pixel, count, windows);
+    const int64_t gathers = task / cut.strips;
+    const bool is_kept = keeps && kept == gathers;
+    kept = gathers;
     int64_t count_ahead = 0;
-    if (task + 1 < end) {
+    if (task + 1 < end && !(keeps && (task + 1) / cut.strips == gathers)) {
       const int64_t next = (task + 1) % group_tasks / cut.strips;
       const int64_t first = cut_at(pixels, cut.chunks, next);
       count_ahead = cut_at(pixels, cut.chunks, next + 1) - first;
@@ -236,10 +245,11 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       const int64_t columns = std::min(padded - d0, kDepth);
       const T* panel = o.x + pixel * step + group * width + d0;
       if (!in_place) {
-        panel = gathered;
+        T* const to = gathered + (keeps ? d0 / kDepth * panel_size : 0);
+        panel = to;
         const Runs runs(g, group * width, width, d0, d1);
-        for (int64_t i = 0; i < count; ++i) {
-          T* row = gathered + i * panel_stride;
+        for (int64_t i = 0; i < count && !is_kept; ++i) {
+          T* row = to + i * panel_stride;
           if constexpr (!std::is_same_v<T, uint8_t>) {
             if (o.before.scale != nullptr) {
               gather_affine(g, o.x, windows[i], runs, o.before, row);
@@ -253,7 +263,8 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
       }
       // The next panel, of this chunk or the next, is on its way while this one is multiplied.
       const bool same = d1 < depth;
-      const int64_t due = !worth_prefetching ? 0 : same ? count : count_ahead;
+      const int64_t wanted = !same ? count_ahead : is_kept ? 0 : count;
+      const int64_t due = worth_prefetching ? wanted : 0;
       const int64_t p0 = same ? d1 : 0;
       const int64_t group_ahead = same ? group : (task + 1) / group_tasks;
       const Runs runs_ahead(g, group_ahead * width, width, p0, std::min(depth, p0 + kDepth));
