@@ -19,7 +19,9 @@
 // rows, packed, depth, out, half of the block).
 #pragma once
 
+#include <atomic>
 #include <bit>
+#include <utility>
 
 #include "gather.h"
 #include "pixels.h"
@@ -118,6 +120,12 @@ int64_t direct_packed_size(int64_t filters, int64_t channels, int64_t taps, int6
 // How the work on a group is cut: pixels in chunks, filters in strips of whole blocks.
 struct DirectCut {
   int64_t chunks, strips, blocks;
+  int64_t call = next_call();  // a number of its own
+
+  static int64_t next_call() {
+    static std::atomic<int64_t> last{0};
+    return last.fetch_add(1, std::memory_order_relaxed) + 1;
+  }
 
   DirectCut(const Geometry& g, int64_t nr, int64_t threads) {
     const int64_t filters = g.group_filters();
@@ -188,6 +196,7 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   constexpr int64_t NR = K::kBlock, kDepth = K::kDepth, kLine = 64 / sizeof(T);
   constexpr int kRows = K::kRows;
   thread_local Scratch panel_memory, sums_memory;
+  thread_local std::pair<int64_t, int64_t> kept;  // the call and the chunk whose panels there are
   const int64_t depth = g.depth(), padded = padded_depth<K>(depth), pixels = g.pixels();
   const Clamp clamp = o.clamp();
   // A classifier's sums are the network's result, and so few that short chains cost nothing.
@@ -207,7 +216,6 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
   const bool keeps = cut.strips > 1 && panels * panel_size * int64_t(sizeof(T)) <= kKeptBytes;
   T* const gathered =
       in_place ? nullptr : panel_memory.get<T>(keeps ? panels * panel_size : panel_size);
-  int64_t kept = -1;  // the chunk of a group whose panels there are
   const int64_t row_stride = in_place ? step : panel_stride;
   const int64_t width = g.group_channels(), filters = g.group_filters();
   const auto* const all_packed = static_cast<const typename K::Packed*>(o.packed);
@@ -230,11 +238,11 @@ RF_INLINE inline void direct_tasks(const Geometry& g, const DirectOperands<typen
     const int64_t pieces = (count + kRows - 1) / kRows;
     const Cut piece_cut(count, pieces);
     windows_of(g, pixel, count, windows);
-    const int64_t gathers = task / cut.strips;
+    const std::pair gathers(cut.call, task / cut.strips);
     const bool is_kept = keeps && kept == gathers;
-    kept = gathers;
+    if (!in_place) kept = gathers;
     int64_t count_ahead = 0;
-    if (task + 1 < end && !(keeps && (task + 1) / cut.strips == gathers)) {
+    if (task + 1 < end && !(keeps && (task + 1) / cut.strips == gathers.second)) {
       const int64_t next = (task + 1) % group_tasks / cut.strips;
       const int64_t first = cut_at(pixels, cut.chunks, next);
       count_ahead = cut_at(pixels, cut.chunks, next + 1) - first;
