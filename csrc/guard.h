@@ -169,9 +169,11 @@ class Guard {
 
   // The attribute and the method without the search for them.
   static long long version_of(const TensorState& t) {
-    PyObject* const getter = t.get_version.ptr();
-    const auto value = py::reinterpret_steal<py::object>(Py_TYPE(getter)->tp_descr_get(
-        getter, t.tensor.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(t.tensor.ptr()))));
+    PyObject *const self = t.tensor.ptr(), *const getter = t.get_version.ptr();
+    const descrgetfunc get = Py_TYPE(getter)->tp_descr_get;  // null where a class holds a value
+    const auto value = py::reinterpret_steal<py::object>(
+        get == nullptr ? PyObject_GetAttrString(self, "_version")
+                       : get(getter, self, reinterpret_cast<PyObject*>(Py_TYPE(self))));
     if (!value) throw py::error_already_set();
     return PyLong_AsLongLong(value.ptr());
   }
