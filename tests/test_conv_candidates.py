@@ -187,8 +187,8 @@ SHAPES = [
     ((2, 128, 15, 15), (128, 128, 3, 3), 2, 1),
     ((2, 3, 64, 64), (64, 3, 7, 7), 2, 3),
     ((1, 17, 5, 6, 7), (35, 17, 3, 3, 3), 1, 1),
-    # Several strips of filters: the panels of a chunk are gathered for the first alone; too deep for
-    # that; and rows that are read in place although one panel does not hold them.
+    # Several strips of filters: the panels of a chunk are gathered for the first alone; too deep
+    # for that; and rows that are read in place although one panel does not hold them.
     ((2, 64, 17, 19), (520, 64, 3, 3), 2, 1),
     ((1, 1024, 14, 15), (600, 1024, 1, 1), 1, 0),
     ((1, 2048, 14, 14), (544, 2048, 1, 1), 1, 0),

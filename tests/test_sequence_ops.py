@@ -295,3 +295,18 @@ def test_the_guard_sees_what_it_is_told_to() -> None:
         assert guard.holds()
         edit()
         assert guard.holds() is (index == 0), index
+
+
+def test_a_guard_of_a_tensor_whose_class_holds_a_value() -> None:
+    """Where torch has a getter, a subclass may have anything."""
+
+    class Odd(torch.Tensor):
+        _version = 7
+
+    native = _library.native()
+    assert native is not None
+    guard, tensor = native.Guard(), torch.zeros(3).as_subclass(Odd)
+    guard.tensor(tensor)
+    assert guard.holds()
+    Odd._version = 8
+    assert not guard.holds()
