@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
 #include <immintrin.h>
 #endif
 
@@ -70,6 +70,24 @@ __attribute__((noinline)) float multiply_add_bf16(int64_t steps) {
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+__attribute__((noinline)) float multiply_add_int8(int64_t steps) {
+  __m512i sums[kSums];
+#pragma GCC unroll 24
+  for (int i = 0; i < kSums; ++i) sums[i] = _mm512_set1_epi32(i);
+  __m512i factors = _mm512_set1_epi8(3);
+  for (int64_t step = 0; step < steps; ++step) {
+    asm volatile("" : "+x"(factors));
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], factors, factors);
+  }
+  __m512i total = _mm512_setzero_si512();
+#pragma GCC unroll 24
+  for (int i = 0; i < kSums; ++i) total = _mm512_add_epi32(total, sums[i]);
+  return float(_mm_cvtsi128_si32(_mm512_castsi512_si128(total)));
+}
+#endif
+
 __attribute__((noinline)) float read_all(const float* from, int64_t count) {
   Vec sums[8] = {};
   for (int64_t i = 0; i + 8 * kLanes <= count; i += 8 * kLanes) {
@@ -110,6 +128,9 @@ int main(int argc, char** argv) {
   measure("fp32", "GFLOP/s", threads, fp32, [](int) { return multiply_add_fp32(kSteps); });
 #if defined(__AVX512BF16__)
   measure("bf16", "GFLOP/s", threads, 2 * fp32, [](int) { return multiply_add_bf16(kSteps); });
+#endif
+#if defined(__AVX512VNNI__)
+  measure("int8", "GOP/s", threads, 4 * fp32, [](int) { return multiply_add_int8(kSteps); });
 #endif
   constexpr int64_t kCount = 48 << 20;  // floats a thread: far beyond any cache
   std::vector<std::unique_ptr<float, decltype(&std::free)>> memory;
