@@ -81,10 +81,11 @@ __attribute__((noinline)) float multiply_add_int8(int64_t steps) {
 #pragma GCC unroll 24
     for (int i = 0; i < kSums; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], factors, factors);
   }
-  __m512i total = _mm512_setzero_si512();
+  typedef int Ints __attribute__((vector_size(64)));
+  Ints total = {};
 #pragma GCC unroll 24
-  for (int i = 0; i < kSums; ++i) total = _mm512_add_epi32(total, sums[i]);
-  return float(_mm_cvtsi128_si32(_mm512_castsi512_si128(total)));
+  for (int i = 0; i < kSums; ++i) total += reinterpret_cast<Ints>(sums[i]);
+  return float(total[0]);
 }
 #endif
 
